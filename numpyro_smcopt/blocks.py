@@ -1,0 +1,271 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks: groups of latents that are independent of one another given ``theta``.
+
+Two coordinates of ``x`` belong together if some energy term depends on both; the blocks are the connected components
+of that graph. Given ``theta`` the target factorises, ``pi_theta(x) = prod_b pi_theta(x_b)``, so weights, resampling,
+accept-reject and step sizes may act on each block by itself, and log evidence is a sum over blocks.
+
+The blocks are *found*, not declared: coordinates are disturbed and the terms that react are recorded. One kind of
+disturbance is not enough (a NaN can be swallowed, a derivative can vanish by symmetry), so several are tried and their
+union is taken. A wrong block would bias the answer silently; `dependence_violated` is the check of a whole partition
+with one directional derivative, run whenever data may have changed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from numpyro_smcopt.types import Array, TermsFn
+
+PROBE_ROWS = 96  # disturbances per compiled call
+FULL_SEARCH_LIMIT = 3e8  # D * K up to which every coordinate is disturbed by itself
+TABLE_WIDTH_LIMIT = 24  # terms per block up to which sums are unrolled gathers (several times faster than scatters)
+
+
+class Blocks(NamedTuple):
+    """A partition of latent coordinates and energy terms.
+
+    Attributes:
+        of_coordinate: [D] block of each coordinate.
+        of_term: [K] block of each term; B for terms that depend on no latent.
+        members: [B, M] coordinates of each block, padded with D.
+        terms: [B, S] terms of each block, padded with K; S = 0 if the blocks are too large for a table.
+    """
+
+    of_coordinate: Array
+    of_term: Array
+    members: Array
+    terms: Array
+
+    @property
+    def num_blocks(self) -> int:
+        """B."""
+        return self.members.shape[0]
+
+    @property
+    def width(self) -> int:
+        """M, the size of the largest block."""
+        return self.members.shape[1]
+
+    def sum_terms(self, values: Array) -> Array:
+        """[..., K] to [..., B]: sum over the terms of each block; with one block, over all terms."""
+        if self.num_blocks == 1:
+            return values.sum(-1, keepdims=True)
+        if self.terms.shape[1]:
+            take = lambda column: jnp.take(values, column, axis=-1, mode="fill", fill_value=0)  # noqa: E731
+            return sum(take(self.terms[:, s]) for s in range(1, self.terms.shape[1])) + take(self.terms[:, 0])
+        return _segment_sum(values, self.of_term, self.num_blocks + 1)[..., :-1]
+
+    def sum_free_terms(self, values: Array) -> Array:
+        """[..., K] to [...]: sum over the terms that depend on no latent (none with one block: see `sum_terms`)."""
+        if self.num_blocks == 1:
+            return jnp.zeros(values.shape[:-1], values.dtype)
+        return jnp.sum(jnp.where(self.of_term == self.num_blocks, values, 0), -1)
+
+    def sum_coordinates(self, values: Array) -> Array:
+        """[..., D] to [..., B]: sum over the coordinates of each block."""
+        if self.num_blocks == 1:
+            return values.sum(-1, keepdims=True)
+        return self.gather(values, 0.0).sum(-1)
+
+    def gather(self, values: Array, fill: float) -> Array:
+        """[..., D] to [..., B, M]: the coordinates of each block side by side, padded with ``fill``."""
+        return jnp.take(values, self.members, axis=-1, mode="fill", fill_value=fill)
+
+    def scatter(self, values: Array) -> Array:
+        """[..., B, M] to [..., D]: undo `gather`."""
+        flat = values.reshape(*values.shape[:-2], -1)
+        return flat[..., self._positions()]
+
+    def _positions(self) -> Array:
+        rows, width = self.members.shape
+        index = jnp.zeros(self.of_coordinate.shape[0] + 1, int)
+        return index.at[self.members.reshape(-1)].set(jnp.arange(rows * width), mode="drop")[:-1]
+
+    def to_coordinates(self, values: Array) -> Array:
+        """[..., B] to [..., D]: the value of each coordinate's block."""
+        if self.num_blocks == 1:
+            return jnp.broadcast_to(values, (*values.shape[:-1], self.of_coordinate.shape[0]))
+        return values[..., self.of_coordinate]
+
+    def to_terms(self, values: Array, free: Array | float) -> Array:
+        """[..., B] to [..., K]: the value of each term's block, ``free`` for terms that depend on no latent."""
+        if self.num_blocks == 1:
+            return jnp.broadcast_to(values, (*values.shape[:-1], self.of_term.shape[0]))
+        padded = jnp.concatenate([values, jnp.broadcast_to(free, (*values.shape[:-1], 1))], -1)
+        return padded[..., self.of_term]
+
+
+def _segment_sum(values: Array, segments: Array, num: int) -> Array:
+    flat = values.reshape(-1, values.shape[-1])
+    sums = jax.vmap(lambda row: jax.ops.segment_sum(row, segments, num))(flat)
+    return sums.reshape(*values.shape[:-1], num)
+
+
+def one_block(num_coordinates: int, num_terms: int) -> Blocks:
+    """All latents in one block: the plain algorithm, as the papers mean it."""
+    return _blocks(np.zeros(num_coordinates, int), np.zeros(num_terms, int), 1)
+
+
+def find_blocks(terms_fn: TermsFn, points: Array, num_terms: int, units: np.ndarray) -> Blocks:
+    """Find the independent blocks of a target.
+
+    Args:
+        terms_fn: ``x [D] -> [K]``, the energy terms at some ``theta``.
+        points: [2, D] two generic points with finite energy, for instance draws from the prior.
+        num_terms: K.
+        units: [D] a guess of which coordinates belong together (from plates); used, and verified, only when
+            disturbing every coordinate by itself would be too expensive.
+
+    Returns:
+        The partition. One block if no finer one can be established.
+    """
+    num = points.shape[-1]
+    if num == 0:
+        return _blocks(np.zeros(0, int), np.zeros(num_terms, int), 1)
+    react = _Prober(terms_fn, points)
+    if num * num_terms <= FULL_SEARCH_LIMIT:
+        return _from_edges(*_all_edges(react, num), num, num_terms)
+    of_term = _decode_units(react, units, num_terms)
+    if of_term is None:
+        return one_block(num, num_terms)
+    return _from_unit_terms(units, of_term)
+
+
+class _Prober:
+    """Which terms react when sets of coordinates are disturbed: rows of masks ``[R, D]`` to ``[R, K]``."""
+
+    def __init__(self, terms_fn: TermsFn, points: Array) -> None:
+        num = points.shape[-1]
+        self.size = max(1, min(PROBE_ROWS // 3, num))
+        spread = np.random.default_rng(0).uniform(1.0, 2.0, num)
+        points = jnp.asarray(points)
+
+        @jax.jit
+        def probe(masks: Array, points: Array) -> Array:
+            # One expansion of the model serves all disturbances: a value and a directional derivative per row.
+            push = jnp.asarray(spread, points.dtype)
+            shifts = jnp.stack([masks * push, -1.3 * masks * push, jnp.where(masks, jnp.nan, 0.0)])  # [3, R, D]
+            bases = jnp.stack([points[0], points[1], points[0]])
+            at = jnp.concatenate([bases[:2, None], jnp.zeros((2, masks.shape[0], num), points.dtype)], 1)[:, :1]
+            rows = jnp.concatenate([at[:, 0], (bases[:, None] + shifts).reshape(-1, num)])
+            tangents = jnp.concatenate([jnp.zeros_like(at[:, 0]), jnp.tile(masks * push, (3, 1))])
+            values, slopes = jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,)))(rows, tangents.astype(rows.dtype))
+            base, values = values[:2], values[2:].reshape(3, -1, values.shape[-1])
+            slopes = slopes[2:].reshape(3, -1, values.shape[-1])[:2]
+            # Rounding may differ between rows of a batch; a structural zero of the derivative is exact.
+            far = lambda v, b: ~(jnp.abs(v - b) <= 1e-3 * (1 + jnp.abs(b))) & jnp.isfinite(b)  # noqa: E731
+            moved = far(values[0], base[0]) | far(values[1], base[1]) | jnp.any(slopes != 0, 0)
+            return moved | (~jnp.isfinite(values[2]) & jnp.isfinite(base[0]))
+
+        self._probe = lambda masks: np.asarray(probe(masks, points))
+
+    def __call__(self, masks: np.ndarray) -> np.ndarray:
+        out = []
+        for start in range(0, len(masks), self.size):
+            chunk = masks[start : start + self.size]
+            padded = np.concatenate([chunk, np.zeros((self.size - len(chunk), masks.shape[1]), bool)])
+            out.append(self._probe(padded)[: len(chunk)])
+        return np.concatenate(out)
+
+
+def _all_edges(react: _Prober, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Disturb one coordinate at a time: all pairs (coordinate, term) that depend on one another."""
+    coordinates, terms = [], []
+    for start in range(0, num, react.size):
+        index = np.arange(start, min(start + react.size, num))
+        rows, columns = np.nonzero(react(index[:, None] == np.arange(num)))
+        coordinates.append(index[rows])
+        terms.append(columns)
+    return np.concatenate(coordinates), np.concatenate(terms)
+
+
+def _from_edges(coordinates: np.ndarray, terms: np.ndarray, num: int, num_terms: int) -> Blocks:
+    """Connected components of the bipartite graph, by passing on the smallest label until nothing changes."""
+    label = np.arange(num)
+    while True:
+        of_term = np.full(num_terms, num)
+        np.minimum.at(of_term, terms, label[coordinates])
+        new = label.copy()
+        np.minimum.at(new, coordinates, of_term[terms])
+        new = new[new]
+        if np.array_equal(new, label):
+            break
+        label = new
+    roots, of_coordinate = np.unique(label, return_inverse=True)
+    compact = np.full(num + 1, len(roots))
+    compact[roots] = np.arange(len(roots))
+    return _blocks(of_coordinate, compact[of_term], len(roots))
+
+
+def _decode_units(react: _Prober, units: np.ndarray, num_terms: int) -> np.ndarray | None:
+    """Unit of each term from a binary code, or None if some term depends on several units.
+
+    Disturbing all units whose r-th bit is one, and then all whose r-th bit is zero, a term of a single unit reacts to
+    exactly one of the two, and the answers spell the unit's number: log2(units) disturbances instead of one per unit.
+    """
+    num_units = int(units.max()) + 1
+    bits = max(1, int(np.ceil(np.log2(max(num_units, 2)))))
+    ones = ((units[None, :] >> np.arange(bits)[:, None]) & 1).astype(bool)  # [bits, D]
+    reacted = react(np.concatenate([ones, ~ones]))
+    high, low = reacted[:bits], reacted[bits:]
+    if np.any(high & low):
+        return None
+    free = ~np.any(high | low, 0)
+    if np.any(~free & ~np.all(high | low, 0)):
+        return None
+    unit = (high * (1 << np.arange(bits))[:, None]).sum(0)
+    return np.where(free, num_units, unit)
+
+
+def _from_unit_terms(units: np.ndarray, of_term: np.ndarray) -> Blocks:
+    num = int(units.max()) + 1
+    return _blocks(units, of_term, num)
+
+
+def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:
+    members = _table(of_coordinate, num, len(of_coordinate))
+    terms = _table(of_term, num, len(of_term))
+    if num == 1 or terms.shape[1] > TABLE_WIDTH_LIMIT or terms.size > 3 * max(len(of_term), 1):
+        terms = np.zeros((num, 0), int)
+    return Blocks(*(jnp.asarray(v, jnp.int32) for v in (of_coordinate, of_term, members, terms)))
+
+
+def _table(owner: np.ndarray, num: int, fill: int) -> np.ndarray:
+    """[num, width] the indices that belong to each owner, padded with ``fill``; owners beyond ``num`` are left out."""
+    index = np.flatnonzero(owner < num)
+    index = index[np.argsort(owner[index], kind="stable")]
+    counts = np.bincount(owner[index], minlength=num)[:num]
+    table = np.full((num, max(counts.max(initial=0), 1)), fill)
+    start = np.cumsum(counts) - counts
+    table[owner[index], np.arange(len(index)) - start[owner[index]]] = index
+    return table
+
+
+def dependence_violated(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks, rng_key: Array) -> Array:
+    """Whether some term depends on a latent outside its block.
+
+    One directional derivative along a random half of the blocks: the terms of the other half must not feel it.
+
+    Args:
+        terms_fn: ``x [D] -> [K]`` at the current ``theta`` and data.
+        x: [D] one particle.
+        blocks: The partition that is to be checked.
+        rng_key: Which half.
+
+    Returns:
+        [] bool. A violated term goes unnoticed with probability one half per call.
+    """
+    if blocks.num_blocks == 1:
+        return jnp.array(False)
+    key_half, key_size = random.split(rng_key)
+    half = random.bernoulli(key_half, 0.5, (blocks.num_blocks,))
+    size = random.uniform(key_size, x.shape, x.dtype, 0.5, 1.5)
+    direction = jnp.where(blocks.to_coordinates(half), size, 0.0)
+    _, slope = jax.jvp(terms_fn, (x,), (direction,))
+    return jnp.any((slope != 0) & jnp.isfinite(slope) & ~blocks.to_terms(half, False))
