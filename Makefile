@@ -1,0 +1,56 @@
+# Each target sets up what it needs in .venv; nothing has to be installed by hand.
+# Another interpreter: make quickstart PYTHON=/path/to/python3.12
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test format clean
+
+help:
+	@echo "make quickstart   install in $(VENV), fit the sleepstudy model, draw examples/output/sleepstudy.png"
+	@echo "make test         install in $(VENV), check style and types, run the tests"
+	@echo "make format       rewrite the sources in the project's style"
+	@echo "make clean        remove $(VENV) and everything else that these targets made"
+
+quickstart: $(VENV)/.installed-quickstart
+	$(VENV)/bin/python examples/sleepstudy.py --output examples/output/sleepstudy.png
+
+test: $(VENV)/.installed-test
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(RUN) pytest -n 2
+
+format: $(VENV)/.installed-test
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each candidate is run, because the name alone proves nothing: a version manager's shim may exist and still fail.
+$(VENV)/.made:
+	@for python in $(PYTHONS); do \
+	    if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	        echo "Making $(VENV) with $$("$$python" --version) ($$python)"; \
+	        "$$python" -m venv $(VENV) && touch $@; exit; \
+	    fi; \
+	done; \
+	echo "No Python 3.11 or newer that can make virtual environments (tried: $(PYTHONS))." >&2; \
+	echo "Install one (on Debian and Ubuntu with python3-venv), or name yours: make PYTHON=/path/to/python" >&2; \
+	exit 1
+
+$(VENV)/.installed-quickstart: $(VENV)/.made pyproject.toml
+	@echo "Installing numpyro_smcopt in $(VENV); the first time this takes a minute or two"
+	@$(RUN) pip install --quiet --editable ".[plots]"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.made pyproject.toml
+	@echo "Installing numpyro_smcopt and its test tools in $(VENV); the first time this takes a few minutes"
+	@$(RUN) pip install --quiet --editable ".[test,dev]"
+	@touch $@
