@@ -1,0 +1,102 @@
+"""What the examples share: their options, the table that they print and the figure that they draw."""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # the figure goes to a file, so no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+EXAMPLES = Path(__file__).parent
+TAIL = 0.25  # the last quarter of the iterations, where the estimate has settled
+
+
+def parse_options(name, description):
+    """Read the command line of the example `name`."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=description)
+    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-particles", type=int, help="default: that of SMCOptimizer")
+    parser.add_argument("--output", type=Path, default=EXAMPLES / "output" / f"{name}.png", help="file of the figure")
+    return parser.parse_args()
+
+
+def read_csv(name):
+    """Read `data/<name>.csv` as a dict of columns [D]; lines that begin with # tell where the data are from."""
+    lines = (EXAMPLES / "data" / f"{name}.csv").read_text().splitlines()
+    header, *rows = [line for line in lines if not line.startswith("#")]
+    columns = np.array([row.split(",") for row in rows], float).T
+    return dict(zip(header.split(","), columns, strict=True))
+
+
+def print_table(result, published, log_likelihood, source):
+    """Print the estimate beside the `published` one, and the running log likelihood beside the published maximum."""
+    width = len(source) + 4
+    print(f"\n{'':<16}{'estimate':>12}{source:>{width}}")
+    for label, name, index in _scalars(published):
+        print(f"{label:<16}{result.params[name][index]:>12.3f}{np.asarray(published[name])[index]:>{width}.3f}")
+    print(f"{'log likelihood':<16}{_tail_mean(-result.losses):>12.2f}{log_likelihood:>{width}.2f}")
+
+
+def draw(result, published, log_likelihood, source, title, path):
+    """Draw the parameters, the effective sample size and the running log likelihood over the iterations.
+
+    Every scalar parameter has a strip of its own, because their units differ; dashed lines are the published values.
+    """
+    scalars = _scalars(published)
+    iterations = np.arange(1, len(result.losses) + 1)
+    figure = plt.figure(figsize=(11, max(5.0, 1.1 * len(scalars))), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subfigures(1, 2)
+
+    left.suptitle("Parameters", fontsize="medium")
+    strips = left.subplots(len(scalars), sharex=True)
+    for axes, (label, name, index) in zip(strips, scalars, strict=True):
+        axes.plot(iterations, np.asarray(result.trajectory[name])[(..., *index)], color="C0")
+        axes.axhline(np.asarray(published[name])[index], color="black", linestyle="--", linewidth=1, label=source)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    strips[0].legend(loc="best", fontsize="small")
+    strips[-1].set_xlabel("iteration")
+    left.align_ylabels()
+
+    ess_axes, log_likelihood_axes = right.subplots(2, sharex=True)
+    ess_axes.plot(iterations, result.diagnostics["smcopt/ess"], color="C1", linewidth=0.8)
+    ess_axes.set(title="Effective sample size (share of the particles, smallest block)", ylim=(0.0, 1.05))
+    running = -np.asarray(result.losses)
+    log_likelihood_axes.plot(iterations, running, color="C2", linewidth=0.8)
+    log_likelihood_axes.axhline(log_likelihood, color="black", linestyle="--", linewidth=1, label=source)
+    log_likelihood_axes.set(
+        title="Running log likelihood", xlabel="iteration", ylim=_settled_range(running, log_likelihood)
+    )
+    log_likelihood_axes.legend(loc="best", fontsize="small")
+    for axes in (ess_axes, log_likelihood_axes):
+        axes.title.set_fontsize("medium")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"\nFigure: {path}")
+
+
+def _scalars(published):
+    """List (label, site, index) of every scalar of a dict of arrays, as ("beta[0]", "beta", (0,))."""
+    return [
+        (name + "".join(f"[{i}]" for i in index), name, index)
+        for name, value in published.items()
+        for index in np.ndindex(np.shape(value))
+    ]
+
+
+def _tail_mean(values):
+    """Mean over the last iterations."""
+    values = np.asarray(values)
+    return values[-max(1, round(TAIL * len(values))) :].mean()
+
+
+def _settled_range(values, reference):
+    """Limits that show `reference` and the last three quarters of the values; the way there may be much longer."""
+    settled = values[len(values) // 4 :]
+    shown = np.append(settled[np.isfinite(settled)], reference)
+    margin = max(1.0, 0.1 * np.ptp(shown))
+    return shown.min() - margin, shown.max() + margin

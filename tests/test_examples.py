@@ -1,0 +1,41 @@
+"""The examples run as a user runs them, and so does the README's first program."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {"sleepstudy": ("beta[0]", "beta[1]", "sd[0]", "sd[1]", "rho", "sigma"), "cbpp": ("beta[3]", "sd")}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def run_python(*args):
+    return subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
+    figure = tmp_path / "figures" / f"{name}.png"
+    done = run_python(f"examples/{name}.py", "--num-steps", "20", "--num-particles", "16", "--output", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    for label in (*EXAMPLES[name], "log likelihood"):
+        row = rf"^{re.escape(label)} +(\S+) +(\S+)$"
+        estimate, published = map(float, re.search(row, done.stdout, re.MULTILINE).groups())
+        assert abs(estimate) < 1e6 and abs(published) < 1e6
+
+
+def test_readme_program_runs():
+    program, *others = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert not others
+    assert program.count("1000, days") == 1
+    quick = program.replace("1000, days", "20, days") + "\nprint(sorted(result.params), result.losses.shape)\n"
+    done = run_python("-c", quick)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "['intercept', 'sd', 'sigma', 'slope'] (20,)"
