@@ -34,12 +34,14 @@ class Blocks(NamedTuple):
         of_coordinate: [D] block of each coordinate.
         of_term: [K] block of each term; B for terms that depend on no latent.
         members: [B, M] coordinates of each block, padded with D.
+        slots: [D] where each coordinate stands in the flattened ``members``.
         terms: [B, S] terms of each block, padded with K; S = 0 if the blocks are too large for a table.
     """
 
     of_coordinate: Array
     of_term: Array
     members: Array
+    slots: Array
     terms: Array
 
     @property
@@ -79,13 +81,7 @@ class Blocks(NamedTuple):
 
     def scatter(self, values: Array) -> Array:
         """[..., B, M] to [..., D]: undo `gather`."""
-        flat = values.reshape(*values.shape[:-2], -1)
-        return flat[..., self._positions()]
-
-    def _positions(self) -> Array:
-        rows, width = self.members.shape
-        index = jnp.zeros(self.of_coordinate.shape[0] + 1, int)
-        return index.at[self.members.reshape(-1)].set(jnp.arange(rows * width), mode="drop")[:-1]
+        return values.reshape(*values.shape[:-2], -1)[..., self.slots]
 
     def to_coordinates(self, values: Array) -> Array:
         """[..., B] to [..., D]: the value of each coordinate's block."""
@@ -151,11 +147,9 @@ class _Prober:
             # One expansion of the model serves all disturbances: a value and a directional derivative per row.
             push = jnp.asarray(spread, points.dtype)
             shifts = jnp.stack([masks * push, -1.3 * masks * push, jnp.where(masks, jnp.nan, 0.0)])  # [3, R, D]
-            bases = jnp.stack([points[0], points[1], points[0]])
-            at = jnp.concatenate([bases[:2, None], jnp.zeros((2, masks.shape[0], num), points.dtype)], 1)[:, :1]
-            rows = jnp.concatenate([at[:, 0], (bases[:, None] + shifts).reshape(-1, num)])
-            tangents = jnp.concatenate([jnp.zeros_like(at[:, 0]), jnp.tile(masks * push, (3, 1))])
-            values, slopes = jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,)))(rows, tangents.astype(rows.dtype))
+            rows = jnp.concatenate([points, (points[jnp.array([0, 1, 0])][:, None] + shifts).reshape(-1, num)])
+            tangents = jnp.concatenate([jnp.zeros_like(points), jnp.tile(masks * push, (3, 1))]).astype(rows.dtype)
+            values, slopes = jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,)))(rows, tangents)
             base, values = values[:2], values[2:].reshape(3, -1, values.shape[-1])
             slopes = slopes[2:].reshape(3, -1, values.shape[-1])[:2]
             # Rounding may differ between rows of a batch; a structural zero of the derivative is exact.
@@ -233,7 +227,10 @@ def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:
     terms = _table(of_term, num, len(of_term))
     if num == 1 or terms.shape[1] > TABLE_WIDTH_LIMIT or terms.size > 3 * max(len(of_term), 1):
         terms = np.zeros((num, 0), int)
-    return Blocks(*(jnp.asarray(v, jnp.int32) for v in (of_coordinate, of_term, members, terms)))
+    slots = np.empty(len(of_coordinate), int)
+    filled = members < len(of_coordinate)
+    slots[members[filled]] = np.flatnonzero(filled)
+    return Blocks(*(jnp.asarray(v, jnp.int32) for v in (of_coordinate, of_term, members, slots, terms)))
 
 
 def _table(owner: np.ndarray, num: int, fill: int) -> np.ndarray:

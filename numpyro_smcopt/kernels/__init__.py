@@ -1,0 +1,23 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Markov kernels: moves of one particle. To add one, write a file beside these and see `kernels.base`."""
+
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.kernels.hamiltonian import HMC
+from numpyro_smcopt.kernels.langevin import MALA, ULA
+from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
+from numpyro_smcopt.kernels.random_walk import RandomWalk
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "ULA",
+    "InvariantKernel",
+    "Point",
+    "Potential",
+    "Preconditioner",
+    "Preconditioning",
+    "RandomWalk",
+    "Step",
+    "WeightedKernel",
+]

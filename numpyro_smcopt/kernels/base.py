@@ -1,0 +1,159 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a Markov kernel is: a move of ONE particle; the library vmaps over particles.
+
+There are two abstract kinds (del Moral, Doucet and Jasra 2006, section 3.3):
+
+*Invariant kernels* leave ``pi_theta`` invariant. They are used as *weigh, resample, then move*; the log-weight
+increment is ``U_old(x) - U_new(x)`` at the old position.
+
+*Weighted kernels* do not. They are used as *move, weigh, resample*; besides the new particle they return the log ratio
+``log L(x | x') - log K(x' | x)`` of the backward and the forward kernel, and the increment is
+``U_old(x) - U_new(x') + log_ratio``.
+
+A kernel never sees a model: it takes a `Potential`. Where the latents fall into independent blocks, it accepts,
+rejects and scales block by block through `Potential.blocks`; with one block that is the textbook algorithm.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
+from numpyro_smcopt.types import Array
+
+
+class Point(NamedTuple):
+    """A place and what is known there, so that nothing is computed twice.
+
+    Attributes:
+        x: [D] the particle.
+        terms: [K] its energy terms.
+        grad: [D] gradient of the energy in ``x``.
+        score: [P] gradient of the energy in theta, or ``None`` where it is not carried.
+    """
+
+    x: Array
+    terms: Array
+    grad: Array
+    score: Array | None = None
+
+
+class Potential(NamedTuple):
+    """The energy of one particle at one ``theta``.
+
+    Attributes:
+        evaluate: ``x [D] -> Point``.
+        blocks: The partition of coordinates and terms.
+    """
+
+    evaluate: Callable[[Array], Point]
+    blocks: Blocks
+
+
+class Step(NamedTuple):
+    """How far to move.
+
+    Attributes:
+        size: [B] step size of each block, in the coordinates in which the preconditioner is the identity.
+        preconditioner: The map from those coordinates to ``x``.
+    """
+
+    size: Array
+    preconditioner: Preconditioner
+
+
+class InvariantKernel(abc.ABC):
+    """A kernel that leaves the target invariant (accept-reject).
+
+    Attributes:
+        step_size: Where the step size starts (or stays).
+        target: Mean acceptance that the step size is adapted to; ``None`` keeps the step size.
+        preconditioning: How the preconditioner is found.
+        num_evaluations: Evaluations of the potential per move.
+    """
+
+    step_size: float
+    target: float | None
+    preconditioning: Preconditioning
+    num_evaluations: int
+
+    @abc.abstractmethod
+    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+        """Move one particle.
+
+        Args:
+            rng_key: A key for this particle.
+            point: The particle, evaluated under ``potential``.
+            potential: The target.
+            step: Step sizes and preconditioner.
+
+        Returns:
+            The new point and the acceptance probability of each block, [B].
+        """
+
+
+class WeightedKernel(abc.ABC):
+    """A kernel that does not leave the target invariant and says by how much.
+
+    Attributes:
+        step_size: Where the step size starts (or stays).
+        target: Fraction of effective particles after a move that the step size is adapted to; ``None`` keeps it.
+        preconditioning: How the preconditioner is found.
+    """
+
+    step_size: float
+    target: float | None
+    preconditioning: Preconditioning
+
+    @abc.abstractmethod
+    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+        """Move one particle from the old target to the new one.
+
+        Args:
+            rng_key: A key for this particle.
+            point: The particle, evaluated under the *old* potential, which drives the move.
+            potential: The *new* target; the backward kernel belongs to it.
+            step: Step sizes and preconditioner, the same for both directions.
+
+        Returns:
+            The new point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
+        """
+
+
+def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Point, Array]:
+    """Metropolis-Hastings: accept or reject block by block.
+
+    Args:
+        log_uniform: [B] logarithms of uniform random numbers.
+        log_ratio: [B] log ratio of backward to forward proposal densities (momenta included).
+        old: The current point.
+        new: The proposal.
+        blocks: The partition.
+
+    Returns:
+        The next point and the acceptance probabilities, [B]. A proposal whose energy or ratio is not finite is
+        rejected.
+    """
+    # Terms are subtracted before they are summed: two large totals would cancel in float32.
+    log_accept = blocks.sum_terms(old.terms - new.terms) + log_ratio
+    log_accept = jnp.where(jnp.isfinite(log_accept), jnp.minimum(log_accept, 0.0), -jnp.inf)
+    accepted = log_uniform < log_accept
+    if blocks.num_blocks == 1:
+        chosen = _where(accepted[0], new, old)
+    else:
+        of_x, of_term = blocks.to_coordinates(accepted), blocks.to_terms(accepted, False)
+        chosen = Point(
+            jnp.where(of_x, new.x, old.x),
+            jnp.where(of_term, new.terms, old.terms),
+            jnp.where(of_x, new.grad, old.grad),
+        )
+    return chosen, jnp.exp(log_accept)
+
+
+def _where(accepted: Array, new: Point, old: Point) -> Point:
+    score = None if new.score is None else jnp.where(accepted, new.score, old.score)
+    return Point(*(jnp.where(accepted, a, b) for a, b in zip(new[:3], old[:3], strict=True)), score)

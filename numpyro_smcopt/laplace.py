@@ -1,0 +1,260 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Laplace approximation of the latents: modes, curvatures, and a warm start for ``theta``.
+
+    pi_theta(x) ~ N(x_hat, H^-1),    x_hat = argmin U_theta,    H = d2U/dx2 (x_hat)
+    -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi)
+
+Blocks make it cheap: the Hessians of all blocks come from as many Hessian-vector products as the largest block has
+coordinates, and modes are found by one damped Newton iteration per block, all at once.
+
+The warm start walks to the neighbourhood of the maximum with the step of `theta_step`, the particles being draws from
+the approximation, and ``-log p`` above deciding how far to go. It costs no accuracy (the particles have the last word)
+and makes far starting points harmless.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.theta_step import natural_direction
+from numpyro_smcopt.types import Array
+from numpyro_smcopt.uncertainty import Information, louis_information
+
+MAX_NUMBERS = 4_000_000  # B M^2 up to which Hessian blocks are affordable
+MAX_WIDTH = 1200
+NEWTON_ITERATIONS = 100
+NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard deviations
+WARM_ITERATIONS = 80
+LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
+GOOD_ENOUGH = 1e-2  # predicted decrease, in nats, at which the particles take over
+
+
+def affordable(blocks: Blocks) -> bool:
+    """Whether the Hessian blocks fit."""
+    num, width = blocks.members.shape
+    return width <= MAX_WIDTH and num * width**2 <= MAX_NUMBERS
+
+
+def hessian_blocks(gradient_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> Array:
+    """[..., B, M, M] Hessians of the blocks; padded with the identity.
+
+    Args:
+        gradient_fn: ``x [D] -> [..., D]``, one or several gradients of energies.
+        x: [D].
+        blocks: The partition.
+    """
+    num, width = blocks.members.shape
+    columns = blocks.members.T  # [M, B]: the m-th coordinate of every block is disturbed at once
+
+    def column(members: Array) -> Array:
+        direction = jnp.zeros_like(x).at[members].set(1.0, mode="drop")
+        return blocks.gather(jax.jvp(gradient_fn, (x,), (direction,))[1], 0.0)
+
+    hessian = jnp.moveaxis(lax.map(column, columns, batch_size=min(width, 128)), 0, -1)  # [..., B, M, M]
+    padding = blocks.members == x.shape[0]
+    return hessian + jnp.where(padding, 1.0, 0.0)[..., None] * jnp.eye(width, dtype=x.dtype)
+
+
+class Mode(NamedTuple):
+    """The mode of a target.
+
+    Attributes:
+        x: [D] the mode.
+        terms: [K] energy terms there.
+        hessian: [B, M, M] the curvature there.
+        step: [] length of the last Newton step, in standard deviations (the largest over blocks).
+    """
+
+    x: Array
+    terms: Array
+    hessian: Array
+    step: Array
+
+
+def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> Mode:
+    """Minimise the energy by Newton's method with Levenberg-Marquardt damping, block by block.
+
+    Args:
+        terms_fn: ``x [D] -> [K]``.
+        x: [D] where to start.
+        blocks: The partition.
+    """
+    eye = jnp.eye(blocks.width, dtype=x.dtype)
+    energy_grad = jax.grad(lambda x: jnp.sum(terms_fn(x)))
+
+    def expand(x: Array) -> tuple[Array, Array, Array]:
+        return terms_fn(x), energy_grad(x), hessian_blocks(energy_grad, x, blocks)
+
+    def newton(gradient: Array, hessian: Array, damping: Array) -> tuple[Array, Array]:
+        diagonal = jnp.maximum(jnp.abs(jnp.diagonal(hessian, axis1=1, axis2=2)), 1e-6)
+        damped = hessian + damping[:, None, None] * diagonal[:, :, None] * eye
+        factor = jnp.linalg.cholesky(damped)
+        g = blocks.gather(gradient, 0.0)
+        whitened = jax.scipy.linalg.solve_triangular(factor, g[..., None], lower=True)
+        step = -jax.scipy.linalg.solve_triangular(factor, whitened, lower=True, trans=1)[..., 0]
+        return step, jnp.sqrt(jnp.sum(whitened[..., 0] ** 2, -1))
+
+    def body(carry: tuple) -> tuple:
+        x, (terms, gradient, hessian), damping, _, k = carry
+        step, length = newton(gradient, hessian, damping)
+        sane = jnp.all(jnp.isfinite(step), -1)
+        candidate = x + blocks.scatter(jnp.where(sane[:, None], step, 0.0))
+        new_terms, new_gradient, new_hessian = expand(candidate)
+        change = blocks.sum_terms(new_terms - terms)
+        # Near the mode rounding decides; a step that short is taken on trust.
+        better = sane & ((change < 0) | ((length < 0.3) & (change < 0.1)))
+        of_x, of_term = blocks.to_coordinates(better), blocks.to_terms(better, False)
+        x = jnp.where(of_x, candidate, x)
+        terms = jnp.where(of_term, new_terms, terms)
+        gradient = jnp.where(of_x, new_gradient, gradient)
+        hessian = jnp.where(better[:, None, None], new_hessian, hessian)
+        damping = jnp.where(better, jnp.where(damping < 1e-3, 0.0, damping / 5), jnp.maximum(4 * damping, 1e-2))
+        # A damped step is short without being near the mode.
+        length = jnp.where(sane & (damping < 1e-2), length, jnp.inf)
+        return x, (terms, gradient, hessian), damping, jnp.max(length), k + 1
+
+    def going(carry: tuple) -> Array:
+        return (carry[3] > NEWTON_TOLERANCE) & (carry[4] < NEWTON_ITERATIONS)
+
+    start = (x, expand(x), jnp.zeros(blocks.num_blocks, x.dtype), jnp.array(jnp.inf, x.dtype), 0)
+    x, (terms, _, hessian), _, step, _ = lax.while_loop(going, body, start)
+    return Mode(x, terms, hessian, step)
+
+
+def factors(hessian: Array) -> tuple[Array, Array, Array]:
+    """``F`` with ``H^-1 = F F^T``, its inverse, and half the log determinant of ``H``, per block.
+
+    Args:
+        hessian: [B, M, M]; where it is not positive definite the results are NaN.
+
+    Returns:
+        [B, M, M], [B, M, M] and [B].
+    """
+    lower = jnp.linalg.cholesky(hessian)
+    eye = jnp.broadcast_to(jnp.eye(hessian.shape[-1], dtype=hessian.dtype), hessian.shape)
+    factor = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, trans=1)
+    half_log_det = jnp.sum(jnp.log(jnp.diagonal(lower, axis1=1, axis2=2)), -1)
+    return factor, jnp.swapaxes(lower, 1, 2), half_log_det
+
+
+class Expansion(NamedTuple):
+    """Everything the warm start needs to know at one ``theta``.
+
+    Attributes:
+        mode: The mode of the latents.
+        half_log_det: [] ``1/2 log det H``.
+        gradient: [P] expected gradient under the approximation.
+        information: Complete and missing information under the approximation.
+    """
+
+    mode: Mode
+    half_log_det: Array
+    gradient: Array
+    information: Information
+
+
+def expand(
+    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, normals: Array, blocks: Blocks
+) -> Expansion:
+    """Laplace approximation at ``theta``, and the gradient and information that draws from it give.
+
+    Args:
+        terms_fn: ``(theta [P], x [D]) -> [K]``.
+        theta: [P].
+        x: [D] where to start looking for the mode.
+        normals: [N, D] fixed standard normal draws, so that the result is a smooth function of theta.
+        blocks: The partition.
+    """
+    mode = find_mode(lambda one: terms_fn(theta, one), x, blocks)
+    factor, _, half_log_det = factors(mode.hessian)
+    shift = blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
+    draws = mode.x + shift
+    log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
+    mean_energy = lambda t: jnp.sum(jax.vmap(lambda one: terms_fn(t, one))(draws)) / draws.shape[0]  # noqa: E731
+    gradient = jax.grad(mean_energy)(theta)
+    return Expansion(
+        mode, jnp.sum(half_log_det), gradient, louis_information(terms_fn, theta, draws, log_weights, blocks)
+    )
+
+
+def fixed_normals(num: int, width: int) -> np.ndarray:
+    """[num, width] antithetic standard normals, their second moments exactly one: the same in every run."""
+    half = np.random.default_rng(20).standard_normal((num // 2, width))
+    draws = np.concatenate([half, -half])
+    return draws / np.sqrt(np.mean(draws**2, 0))
+
+
+class WarmStart(NamedTuple):
+    """Where a warm start arrived.
+
+    Attributes:
+        theta: [P].
+        mode: [D] mode of the latents there.
+        iterations: Expansions used.
+        converged: Whether the predicted gain of a further step became negligible.
+    """
+
+    theta: Array
+    mode: Array
+    iterations: int
+    converged: bool
+
+
+def warm_start(
+    expand_fn: Callable[[Array, Array], Expansion], theta: Array, x: Array, bounded: np.ndarray
+) -> WarmStart | None:
+    """Walk towards the maximum of the Laplace approximation of the marginal likelihood.
+
+    Args:
+        expand_fn: ``(theta [P], x [D]) -> Expansion``, compiled.
+        theta: [P] where to start.
+        x: [D] where to start looking for the mode.
+        bounded: [P] which coordinates of theta come from a constrained parameter.
+
+    Returns:
+        Where it ended, or None if there is no usable approximation at the start.
+    """
+    here = jax.device_get(expand_fn(theta, x))
+    if not _usable(here):
+        return None
+    theta = np.asarray(theta)
+    damping, converged, k = 1.0, False, 1
+    while k < WARM_ITERATIONS:
+        step = damping * _direction(here, bounded)
+        predicted = -float(step @ here.gradient)
+        if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * damping:
+            converged = bool(np.isfinite(predicted))
+            break
+        there = jax.device_get(expand_fn(jnp.asarray(theta + step, theta.dtype), jnp.asarray(here.mode.x)))
+        k += 1
+        # The terms are subtracted first: totals of a million observations would cancel.
+        change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
+        if _usable(there) and change < 0.0:
+            theta, here, damping = (theta + step).astype(theta.dtype), there, min(1.0, 2 * damping)
+        else:
+            damping /= 4
+            if damping < 1e-4:
+                break
+    return WarmStart(jnp.asarray(theta), jnp.asarray(here.mode.x), k, converged)
+
+
+def _usable(expansion: Expansion) -> bool:
+    numbers = (expansion.mode.terms, expansion.half_log_det, expansion.gradient, *expansion.information)
+    return bool(expansion.mode.step < 10 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
+
+
+def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
+    step = np.asarray(_natural(here.gradient, here.information))
+    longest = np.max(np.abs(step[bounded]), initial=0.0)
+    return step * min(1.0, LONGEST_STEP / max(longest, 1e-30))
+
+
+@jax.jit
+def _natural(gradient: Array, information: Information) -> Array:
+    return natural_direction(gradient, information, 0.02)

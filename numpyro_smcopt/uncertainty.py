@@ -1,0 +1,66 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Observed information from weighted particles, by Louis' identity.
+
+    I(theta) = H - F,      H = E_pi[ d2U/dtheta2 ],      F = sum_b Cov_pi( dU_b/dtheta )
+
+``H`` is the information of the complete data, ``F`` what is missing because the latents are not observed; the
+covariance falls apart into the independent blocks. Source: Louis 1982.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.types import Array
+from numpyro_smcopt.weights import small_sample_factor
+
+DIRECTIONS_AT_ONCE_BUDGET = 2e7  # numbers held by one batch of directional derivatives
+
+
+class Information(NamedTuple):
+    """Complete and missing information of a flat ``theta``.
+
+    Attributes:
+        complete: [P, P] ``H``.
+        missing: [P, P] ``F``.
+    """
+
+    complete: Array
+    missing: Array
+
+
+def louis_information(
+    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, log_weights: Array, blocks: Blocks
+) -> Information:
+    """Complete and missing information at ``theta``.
+
+    Args:
+        terms_fn: ``(theta [P], x [D]) -> [K]``.
+        theta: [P] flat unconstrained parameters.
+        x: [N, D] particles.
+        log_weights: [N, B] their normalised log weights.
+        blocks: The partition.
+    """
+    num_particles, num_terms = x.shape[0], blocks.of_term.shape[0]
+    weights = jnp.exp(log_weights)
+    of_term = blocks.to_terms(weights, 1 / num_particles)
+
+    def energies_and_gradient(t: Array) -> tuple[Array, Array]:
+        terms, vjp = jax.vjp(lambda t: jax.vmap(lambda one: terms_fn(t, one))(x), t)
+        return blocks.sum_terms(terms), vjp(of_term)[0]
+
+    def along(direction: Array) -> tuple[Array, Array]:
+        return jax.jvp(energies_and_gradient, (theta,), (direction,))[1]
+
+    batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / max(1, num_particles * num_terms))))
+    slopes, complete = lax.map(along, jnp.eye(theta.shape[0], dtype=theta.dtype), batch_size=batch)  # [P, N, B], [P, P]
+    factor = jax.vmap(small_sample_factor, in_axes=1)(log_weights)
+    centred = jnp.where(weights > 0, slopes, 0.0)
+    centred = (centred - jnp.sum(weights * centred, 1, keepdims=True)) * jnp.sqrt(weights * factor)
+    flat = centred.reshape(theta.shape[0], -1)
+    return Information((complete + complete.T) / 2, flat @ flat.T)
