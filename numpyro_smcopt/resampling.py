@@ -79,10 +79,9 @@ def residual(rng_key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """``floor(N w_j)`` copies of each, the rest drawn from what is left over. See `ResamplingScheme`."""
     weights = _weights(log_weights)
     expected = weights * (weights.shape[0] / jnp.sum(weights))
-    # N * (1 / N) may round to just below 1, which is meant to be one copy and no remainder.
-    copies = jnp.floor(expected * (1.0 + 8.0 * jnp.finfo(expected.dtype).eps))
-    remainders = jnp.maximum(expected - copies, 0.0)
-    remainders = jnp.where(jnp.any(remainders > 0.0), remainders, weights)
+    copies = jnp.floor(expected)
+    remainders = expected - copies
+    remainders = jnp.where(jnp.any(remainders > 0.0), remainders, weights)  # if none remain, no draw is used
     slot_ends = jnp.cumsum(copies.astype(jnp.int32), dtype=jnp.int32)
     # All N draws are made, so that shapes stay fixed; those that the copies leave room for are used.
     draws = _independent_draws(rng_key, remainders)
@@ -174,7 +173,7 @@ def _interval_ends(weights: jax.Array) -> jax.Array:
     num_particles = weights.shape[0]
     cumulative = _cumulative_units(weights)
     ends = cumulative.astype(weights.dtype) * (num_particles / cumulative[-1].astype(weights.dtype))
-    return jnp.where(cumulative == cumulative[-1], num_particles, jnp.minimum(ends, num_particles))
+    return jnp.where(cumulative == cumulative[-1], num_particles, ends)
 
 
 def _fill_slots(ends: jax.Array, points_before: jax.Array) -> jax.Array:
