@@ -87,8 +87,7 @@ def reweight(log_weights: jax.Array, log_increment: jax.Array) -> Reweighted:
     kept = alive & jnp.isfinite(log_increment)
     collapsed = ~jnp.any(kept, axis=0)
     old = _or_equal(collapsed, jnp.where(alive, log_weights, -jnp.inf))
-    # The inner `where` keeps a NaN out of the sum, hence out of the gradient.
-    new = _or_equal(collapsed, jnp.where(kept, log_weights + jnp.where(kept, log_increment, 0.0), -jnp.inf))
+    new = _or_equal(collapsed, jnp.where(kept, log_weights + log_increment, -jnp.inf))
     # Summing the old weights, though they sum to one, removes their rounding: -log N is off by the same amount
     # after every resampling, which would add up over a run, and with it an increment of 0 changes nothing, exactly.
     log_old_sum, _ = _log_sum_and_ess(old)
@@ -223,5 +222,5 @@ def _present(weights: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _centred(weights: jax.Array, values: jax.Array) -> jax.Array:
-    aligned, values = _align(weights, values), _present(weights, values)
-    return _present(weights, values - jnp.sum(aligned * values, axis=0))
+    values = _present(weights, values)
+    return values - jnp.sum(_align(weights, values) * values, axis=0)
