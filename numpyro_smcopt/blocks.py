@@ -13,18 +13,22 @@ with one directional derivative, run whenever data may have changed.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.types import Array, TermsFn
+from numpyro_smcopt.types import Array
 
 PROBE_ROWS = 96  # disturbances per compiled call
 FULL_SEARCH_LIMIT = 3e8  # D * K up to which every coordinate is disturbed by itself
 TABLE_WIDTH_LIMIT = 24  # terms per block up to which sums are unrolled gathers (several times faster than scatters)
+
+
+ProbeFn = Callable[[Array, Array], tuple[Array, Array]]
+"""Points and tangents, both [R, D], to energy terms and their directional derivatives, both [R, K]."""
 
 
 class Blocks(NamedTuple):
@@ -59,8 +63,7 @@ class Blocks(NamedTuple):
         if self.num_blocks == 1:
             return values.sum(-1, keepdims=True)
         if self.terms.shape[1]:
-            take = lambda column: jnp.take(values, column, axis=-1, mode="fill", fill_value=0)  # noqa: E731
-            return sum(take(self.terms[:, s]) for s in range(1, self.terms.shape[1])) + take(self.terms[:, 0])
+            return _take_padded(values, self.terms, 0.0).sum(-1)
         return _segment_sum(values, self.of_term, self.num_blocks + 1)[..., :-1]
 
     def sum_free_terms(self, values: Array) -> Array:
@@ -77,7 +80,9 @@ class Blocks(NamedTuple):
 
     def gather(self, values: Array, fill: float) -> Array:
         """[..., D] to [..., B, M]: the coordinates of each block side by side, padded with ``fill``."""
-        return jnp.take(values, self.members, axis=-1, mode="fill", fill_value=fill)
+        if self.width == 1:
+            return values[..., self.members]
+        return _take_padded(values, self.members, fill)
 
     def scatter(self, values: Array) -> Array:
         """[..., B, M] to [..., D]: undo `gather`."""
@@ -97,22 +102,36 @@ class Blocks(NamedTuple):
         return padded[..., self.of_term]
 
 
+def _take_padded(values: Array, index: Array, fill: float) -> Array:
+    # Appending one entry and clipping compiles to a fraction of what `mode="fill"` does.
+    padded = jnp.concatenate([values, jnp.full((*values.shape[:-1], 1), fill, values.dtype)], -1)
+    return jnp.take(padded, index, axis=-1, mode="clip")
+
+
 def _segment_sum(values: Array, segments: Array, num: int) -> Array:
     flat = values.reshape(-1, values.shape[-1])
     sums = jax.vmap(lambda row: jax.ops.segment_sum(row, segments, num))(flat)
     return sums.reshape(*values.shape[:-1], num)
 
 
-def one_block(num_coordinates: int, num_terms: int) -> Blocks:
-    """All latents in one block: the plain algorithm, as the papers mean it."""
-    return _blocks(np.zeros(num_coordinates, int), np.zeros(num_terms, int), 1)
+class Partition(Protocol):
+    """Finds the blocks of a target; `find_blocks` and `one_block` are two."""
+
+    def __call__(self, probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.ndarray) -> Blocks:
+        """See `find_blocks`."""
 
 
-def find_blocks(terms_fn: TermsFn, points: Array, num_terms: int, units: np.ndarray) -> Blocks:
+def one_block(probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.ndarray) -> Blocks:
+    """All latents in one block: the plain algorithm, as the papers mean it. See `find_blocks`."""
+    del probe, units
+    return _blocks(np.zeros(points.shape[-1], int), np.zeros(num_terms, int), 1)
+
+
+def find_blocks(probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.ndarray) -> Blocks:
     """Find the independent blocks of a target.
 
     Args:
-        terms_fn: ``x [D] -> [K]``, the energy terms at some ``theta``.
+        probe: Evaluates the energy terms and their directional derivatives for a batch of points.
         points: [2, D] two generic points with finite energy, for instance draws from the prior.
         num_terms: K.
         units: [D] a guess of which coordinates belong together (from plates); used, and verified, only when
@@ -123,49 +142,56 @@ def find_blocks(terms_fn: TermsFn, points: Array, num_terms: int, units: np.ndar
     """
     num = points.shape[-1]
     if num == 0:
-        return _blocks(np.zeros(0, int), np.zeros(num_terms, int), 1)
-    react = _Prober(terms_fn, points)
+        return one_block(probe, points, num_terms, units)
+    react = _Prober(probe, points)
     if num * num_terms <= FULL_SEARCH_LIMIT:
         return _from_edges(*_all_edges(react, num), num, num_terms)
     of_term = _decode_units(react, units, num_terms)
     if of_term is None:
-        return one_block(num, num_terms)
-    return _from_unit_terms(units, of_term)
+        return one_block(probe, points, num_terms, units)
+    return _blocks(units, of_term, int(units.max()) + 1)
 
 
 class _Prober:
-    """Which terms react when sets of coordinates are disturbed: rows of masks ``[R, D]`` to ``[R, K]``."""
+    """Which terms react when sets of coordinates are disturbed: masks ``[R, D]`` to ``[R, K]``."""
 
-    def __init__(self, terms_fn: TermsFn, points: Array) -> None:
+    def __init__(self, probe: ProbeFn, points: np.ndarray) -> None:
         num = points.shape[-1]
         self.size = max(1, min(PROBE_ROWS // 3, num))
-        spread = np.random.default_rng(0).uniform(1.0, 2.0, num)
-        points = jnp.asarray(points)
-
-        @jax.jit
-        def probe(masks: Array, points: Array) -> Array:
-            # One expansion of the model serves all disturbances: a value and a directional derivative per row.
-            push = jnp.asarray(spread, points.dtype)
-            shifts = jnp.stack([masks * push, -1.3 * masks * push, jnp.where(masks, jnp.nan, 0.0)])  # [3, R, D]
-            rows = jnp.concatenate([points, (points[jnp.array([0, 1, 0])][:, None] + shifts).reshape(-1, num)])
-            tangents = jnp.concatenate([jnp.zeros_like(points), jnp.tile(masks * push, (3, 1))]).astype(rows.dtype)
-            values, slopes = jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,)))(rows, tangents)
-            base, values = values[:2], values[2:].reshape(3, -1, values.shape[-1])
-            slopes = slopes[2:].reshape(3, -1, values.shape[-1])[:2]
-            # Rounding may differ between rows of a batch; a structural zero of the derivative is exact.
-            far = lambda v, b: ~(jnp.abs(v - b) <= 1e-3 * (1 + jnp.abs(b))) & jnp.isfinite(b)  # noqa: E731
-            moved = far(values[0], base[0]) | far(values[1], base[1]) | jnp.any(slopes != 0, 0)
-            return moved | (~jnp.isfinite(values[2]) & jnp.isfinite(base[0]))
-
-        self._probe = lambda masks: np.asarray(probe(masks, points))
+        self._probe, self._points = probe, np.asarray(points)
+        self._push = np.random.default_rng(0).uniform(1.0, 2.0, num).astype(self._points.dtype)
+        rows = np.repeat(self._points, [3 * self.size - 1, 1], axis=0)
+        values, _ = self._evaluate(rows, np.zeros_like(rows))
+        self._base = values[[0, -1]]
 
     def __call__(self, masks: np.ndarray) -> np.ndarray:
+        """[R, K] of bool."""
         out = []
         for start in range(0, len(masks), self.size):
             chunk = masks[start : start + self.size]
             padded = np.concatenate([chunk, np.zeros((self.size - len(chunk), masks.shape[1]), bool)])
-            out.append(self._probe(padded)[: len(chunk)])
+            out.append(self._react(padded)[: len(chunk)])
         return np.concatenate(out)
+
+    def _react(self, masks: np.ndarray) -> np.ndarray:
+        first, second = self._points
+        push = masks * self._push
+        rows = np.concatenate([first + push, second - 1.3 * push, np.where(masks, np.nan, first)])
+        values, slopes = self._evaluate(rows, np.tile(push, (3, 1)))
+        values = values.reshape(3, len(masks), -1)
+        slopes = slopes.reshape(3, len(masks), -1)[:2]
+        # A structural zero of the derivative is exact; values of one batch may differ by rounding.
+        moved = np.any(slopes != 0, 0) | _far(values[0], self._base[0]) | _far(values[1], self._base[1])
+        return moved | (~np.isfinite(values[2]) & np.isfinite(self._base[0]))
+
+    def _evaluate(self, rows: np.ndarray, tangents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        values, slopes = self._probe(jnp.asarray(rows), jnp.asarray(tangents, rows.dtype))
+        return np.asarray(values), np.asarray(slopes)
+
+
+def _far(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return ~(np.abs(values - base) <= 1e-3 * (1 + np.abs(base))) & np.isfinite(base)
 
 
 def _all_edges(react: _Prober, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,11 +241,6 @@ def _decode_units(react: _Prober, units: np.ndarray, num_terms: int) -> np.ndarr
         return None
     unit = (high * (1 << np.arange(bits))[:, None]).sum(0)
     return np.where(free, num_units, unit)
-
-
-def _from_unit_terms(units: np.ndarray, of_term: np.ndarray) -> Blocks:
-    num = int(units.max()) + 1
-    return _blocks(units, of_term, num)
 
 
 def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:

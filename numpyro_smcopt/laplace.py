@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.theta_step import natural_direction
+from numpyro_smcopt.tempering import Curvature
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.uncertainty import Information, louis_information
 
@@ -32,6 +32,7 @@ NEWTON_ITERATIONS = 100
 NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard deviations
 WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
+SMALLEST_EIGENVALUE = 0.02  # of the observed information, relative to the complete one
 GOOD_ENOUGH = 1e-2  # predicted decrease, in nats, at which the particles take over
 
 
@@ -61,6 +62,19 @@ def hessian_blocks(gradient_fn: Callable[[Array], Array], x: Array, blocks: Bloc
     return hessian + jnp.where(padding, 1.0, 0.0)[..., None] * jnp.eye(width, dtype=x.dtype)
 
 
+def curvature(terms_fn: Callable[[Array], Array], x: Array, prior_mask: Array, blocks: Blocks) -> Curvature:
+    """Hessian blocks of prior and remainder at ``x``, for `tempering.temper`."""
+
+    def gradients(x: Array) -> Array:
+        _, vjp = jax.vjp(terms_fn, x)
+        share = prior_mask.astype(x.dtype)
+        return jnp.stack([vjp(share)[0], vjp(1 - share)[0]])
+
+    both = hessian_blocks(gradients, x, blocks)
+    padding = jnp.where(blocks.members == x.shape[0], 1.0, 0.0)[..., None] * jnp.eye(blocks.width, dtype=x.dtype)
+    return Curvature(both[0], both[1] - padding)
+
+
 class Mode(NamedTuple):
     """The mode of a target.
 
@@ -86,45 +100,52 @@ def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> M
         blocks: The partition.
     """
     eye = jnp.eye(blocks.width, dtype=x.dtype)
-    energy_grad = jax.grad(lambda x: jnp.sum(terms_fn(x)))
 
-    def expand(x: Array) -> tuple[Array, Array, Array]:
-        return terms_fn(x), energy_grad(x), hessian_blocks(energy_grad, x, blocks)
+    def energy_and_terms(x: Array) -> tuple[Array, Array]:
+        terms = terms_fn(x)
+        return jnp.sum(terms), terms
+
+    gradient_and_terms = jax.grad(energy_and_terms, has_aux=True)
 
     def newton(gradient: Array, hessian: Array, damping: Array) -> tuple[Array, Array]:
         diagonal = jnp.maximum(jnp.abs(jnp.diagonal(hessian, axis1=1, axis2=2)), 1e-6)
-        damped = hessian + damping[:, None, None] * diagonal[:, :, None] * eye
-        factor = jnp.linalg.cholesky(damped)
-        g = blocks.gather(gradient, 0.0)
-        whitened = jax.scipy.linalg.solve_triangular(factor, g[..., None], lower=True)
+        factor = jnp.linalg.cholesky(hessian + damping[:, None, None] * diagonal[:, :, None] * eye)
+        whitened = jax.scipy.linalg.solve_triangular(factor, blocks.gather(gradient, 0.0)[..., None], lower=True)
         step = -jax.scipy.linalg.solve_triangular(factor, whitened, lower=True, trans=1)[..., 0]
         return step, jnp.sqrt(jnp.sum(whitened[..., 0] ** 2, -1))
 
     def body(carry: tuple) -> tuple:
-        x, (terms, gradient, hessian), damping, _, k = carry
+        here, candidate, damping, length, k = carry
+        x, terms, gradient, hessian = here
+        new_gradient, new_terms = gradient_and_terms(candidate)
+        new_hessian = hessian_blocks(lambda x: gradient_and_terms(x)[0], candidate, blocks)
+
+        # Accept or refuse, block by block. Near the mode rounding decides; a step that short is taken on trust.
+        change = blocks.sum_terms(new_terms - terms)
+        better = (k == 0) | (change < 0) | ((length < 0.3) & (change < 0.1))
+        of_x, of_term = blocks.to_coordinates(better), blocks.to_terms(better, True)
+        x, gradient = jnp.where(of_x, candidate, x), jnp.where(of_x, new_gradient, gradient)
+        terms, hessian = jnp.where(of_term, new_terms, terms), jnp.where(better[:, None, None], new_hessian, hessian)
+        relaxed = jnp.where(damping < 1e-3, 0.0, damping / 5)
+        damping = jnp.where(k == 0, 0.0, jnp.where(better, relaxed, jnp.maximum(4 * damping, 1e-2)))
+
+        # Next candidate. A block whose Hessian is indefinite stays and is damped more; a damped step is short without
+        # being near the mode.
         step, length = newton(gradient, hessian, damping)
         sane = jnp.all(jnp.isfinite(step), -1)
         candidate = x + blocks.scatter(jnp.where(sane[:, None], step, 0.0))
-        new_terms, new_gradient, new_hessian = expand(candidate)
-        change = blocks.sum_terms(new_terms - terms)
-        # Near the mode rounding decides; a step that short is taken on trust.
-        better = sane & ((change < 0) | ((length < 0.3) & (change < 0.1)))
-        of_x, of_term = blocks.to_coordinates(better), blocks.to_terms(better, False)
-        x = jnp.where(of_x, candidate, x)
-        terms = jnp.where(of_term, new_terms, terms)
-        gradient = jnp.where(of_x, new_gradient, gradient)
-        hessian = jnp.where(better[:, None, None], new_hessian, hessian)
-        damping = jnp.where(better, jnp.where(damping < 1e-3, 0.0, damping / 5), jnp.maximum(4 * damping, 1e-2))
-        # A damped step is short without being near the mode.
+        damping = jnp.where(sane, damping, jnp.maximum(4 * damping, 1e-2))
         length = jnp.where(sane & (damping < 1e-2), length, jnp.inf)
-        return x, (terms, gradient, hessian), damping, jnp.max(length), k + 1
+        return (x, terms, gradient, hessian), candidate, damping, length, k + 1
 
     def going(carry: tuple) -> Array:
-        return (carry[3] > NEWTON_TOLERANCE) & (carry[4] < NEWTON_ITERATIONS)
+        return (jnp.max(carry[3]) > NEWTON_TOLERANCE) & (carry[4] < NEWTON_ITERATIONS)
 
-    start = (x, expand(x), jnp.zeros(blocks.num_blocks, x.dtype), jnp.array(jnp.inf, x.dtype), 0)
-    x, (terms, _, hessian), _, step, _ = lax.while_loop(going, body, start)
-    return Mode(x, terms, hessian, step)
+    zeros = jnp.zeros(blocks.num_blocks, x.dtype)
+    hessian = jnp.zeros((blocks.num_blocks, blocks.width, blocks.width), x.dtype)
+    here = (x, jnp.zeros(blocks.of_term.shape[0], x.dtype), jnp.zeros_like(x), hessian)
+    here, _, _, length, _ = lax.while_loop(going, body, (here, x, zeros, zeros + jnp.inf, 0))
+    return Mode(here[0], here[1], here[3], jnp.max(length))
 
 
 def factors(hessian: Array) -> tuple[Array, Array, Array]:
@@ -176,11 +197,8 @@ def expand(
     shift = blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
     draws = mode.x + shift
     log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
-    mean_energy = lambda t: jnp.sum(jax.vmap(lambda one: terms_fn(t, one))(draws)) / draws.shape[0]  # noqa: E731
-    gradient = jax.grad(mean_energy)(theta)
-    return Expansion(
-        mode, jnp.sum(half_log_det), gradient, louis_information(terms_fn, theta, draws, log_weights, blocks)
-    )
+    gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks)
+    return Expansion(mode, jnp.sum(half_log_det), gradient, information)
 
 
 def fixed_normals(num: int, width: int) -> np.ndarray:
@@ -250,11 +268,12 @@ def _usable(expansion: Expansion) -> bool:
 
 
 def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
-    step = np.asarray(_natural(here.gradient, here.information))
+    # On the host and in double precision: a handful of small matrices is not worth a program.
+    complete, missing = (np.asarray(v, float) for v in here.information[:2])
+    scale = 1 / np.sqrt(np.maximum(np.abs(np.diag(complete)), 1e-30))
+    values, vectors = np.linalg.eigh(complete * scale[:, None] * scale)
+    whiten = (vectors / np.sqrt(np.maximum(np.abs(values), 1e-3))) @ vectors.T * scale
+    values, vectors = np.linalg.eigh(np.eye(len(scale)) - whiten @ missing @ whiten.T)
+    step = -whiten.T @ (vectors @ ((vectors.T @ (whiten @ here.gradient)) / np.maximum(values, SMALLEST_EIGENVALUE)))
     longest = np.max(np.abs(step[bounded]), initial=0.0)
     return step * min(1.0, LONGEST_STEP / max(longest, 1e-30))
-
-
-@jax.jit
-def _natural(gradient: Array, information: Information) -> Array:
-    return natural_direction(gradient, information, 0.02)

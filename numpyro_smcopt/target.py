@@ -13,10 +13,12 @@ its own: its sites neither leak into a user's handlers nor can they be altered b
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -146,6 +148,26 @@ class Sites(NamedTuple):
         """[K] whether a term belongs to the prior of the latents (their log-Jacobians included)."""
         return np.concatenate([np.full(size, prior) for _, size, prior in self.terms] or [np.zeros(0, bool)])
 
+    @property
+    def units(self) -> np.ndarray:
+        """[D] a guess of which coordinates belong together: those with the same index in the same plate.
+
+        Of several plates the one that most sites share is taken, which for nested plates is the outer one.
+        """
+        shared = Counter(plate[0] for site in self.latents.values() for plate in site.plates)
+        unit_of: dict[Any, int] = {}
+        units: list[int] = []
+        for name, site in self.latents.items():
+            index = np.arange(math.prod(site.shape)).reshape(site.shape)
+            keys: Any = [(name, k) for k in range(index.size)]
+            if site.plates:
+                plate, dim, _ = max(site.plates, key=lambda plate: (shared[plate[0]], plate[2]))
+                axis = index.ndim - site.event_dim + dim
+                if 0 <= axis < index.ndim:
+                    keys = [(plate, k) for k in np.indices(site.shape)[axis].ravel()]
+            units += [unit_of.setdefault(key, len(unit_of)) for key in keys]
+        return np.asarray(units, int)
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -156,12 +178,14 @@ class Target:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         sites: What `read_sites` found.
+        validate: Whether distributions check parameters and observations (a failed check is a NaN).
     """
 
     model: Model
     args: tuple
     kwargs: dict
     sites: Sites
+    validate: bool = False
 
     def unravel(self, x: Array) -> dict[str, Array]:
         """One particle ``[D]`` as a dictionary of unconstrained latent sites."""
@@ -182,6 +206,11 @@ class Target:
         Returns:
             [K] terms whose sum is ``-log p_theta(x, y)``, the log-Jacobian of ``x`` included.
         """
+        # Parameters and particles are inside their supports by construction; data are checked once, at the start.
+        with numpyro.validation_enabled(self.validate):
+            return self._terms(theta, x)
+
+    def _terms(self, theta: Theta, x: Array) -> Array:
         latents = self.unravel(x)
         model = handlers.substitute(self.model, substitute_fn=_substitution(theta, latents))
         if self.sites.enumerated:
@@ -243,6 +272,14 @@ class Target:
         model = handlers.substitute(self.model, substitute_fn=_substitution(theta, {}))
         trace = _trace(model, self.args, self.kwargs, random.key(0))
         return {name: trace[name]["value"] for name in self.sites.params}
+
+    def bounded_coordinates(self, theta: Theta) -> Array:
+        """[P] bool: which coordinates of the flat ``theta`` belong to a constrained parameter."""
+        model = handlers.substitute(self.model, substitute_fn=_substitution(theta, {}))
+        trace = _trace(model, self.args, self.kwargs, random.key(0))
+        free = {name: _is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta}
+        marks = {name: jax.tree.map(lambda leaf: jnp.full(jnp.shape(leaf), not free[name]), theta[name]) for name in theta}
+        return jax.flatten_util.ravel_pytree(marks)[0]
 
     def constrain_latents(self, theta: Theta, x: Array) -> dict[str, Array]:
         """Latent and deterministic sites of one particle ``[D]`` at ``theta``, on the scale of the model."""
@@ -518,6 +555,12 @@ def _tree_map_constraint(site: dict, fn: Callable, value: Any) -> Any:
 def _unconstrained(site: dict) -> Array:
     with helpful_support_errors(site):
         return biject_to(site["fn"].support).inv(site["value"])
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint is constraints.real
 
 
 def _log_prob(site: dict) -> Array:

@@ -19,12 +19,13 @@ from jax import lax, random
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step
-from numpyro_smcopt.kernels.preconditioners import Preconditioner, cloud_variance
+from numpyro_smcopt.kernels.preconditioners import Preconditioner
 from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import effective_sample_size, reweight, uniform_log_weights
 
 MAX_STAGES = 300
+COLDEST = 1e-15
 BISECTIONS = 40
 SMALLEST_INCREMENT = 1e-12
 ADAPTATION_RATE = 0.5
@@ -34,7 +35,7 @@ class Tempered(NamedTuple):
     """A cloud at temperature one.
 
     Attributes:
-        x: [N, D] particles with equal weights.
+        points: [N, ...] equally weighted particles with their energy terms and gradients.
         log_evidence: [B] estimate of the log evidence of each block.
         step: Step sizes and preconditioner that served the last moves.
         num_stages: [] stages used.
@@ -42,7 +43,7 @@ class Tempered(NamedTuple):
         acceptance: [B] mean acceptance of the last move.
     """
 
-    x: Array
+    points: Point
     log_evidence: Array
     step: Step
     num_stages: Array
@@ -66,6 +67,7 @@ def temper(
     kernel: InvariantKernel,
     step: Step,
     curvature: Curvature | None,
+    beta: Array,
     *,
     target_ess: float = 0.5,
     moves: int = 2,
@@ -80,8 +82,9 @@ def temper(
         prior_mask: [K] bool, the terms that belong to the prior.
         blocks: The partition.
         kernel: Moves the particles.
-        step: Where step sizes and preconditioner start.
+        step: Where step sizes and preconditioner start; the preconditioner has factors if ``curvature`` is given.
         curvature: Hessian blocks, from which every stage forms its own preconditioner, if affordable.
+        beta: [B] inverse temperatures to start from: 0 for draws from the prior; 1 for a mere burn-in.
         target_ess: Fraction of effective particles that a stage keeps.
         moves: Moves per stage.
         final_moves: Moves at temperature one.
@@ -89,66 +92,66 @@ def temper(
     num_particles = x.shape[0]
     equal = uniform_log_weights(num_particles, blocks.num_blocks, x.dtype)
 
-    def tempered(beta: Array) -> Potential:
-        share = jnp.where(prior_mask, 1.0, blocks.to_terms(beta, 1.0)).astype(x.dtype)
+    def share(beta: Array) -> Array:
+        # Not quite zero, so that the terms can be had back from their share.
+        beta = jnp.maximum(beta, COLDEST)
+        return jnp.where(prior_mask, 1.0, blocks.to_terms(beta, jnp.ones((), x.dtype))).astype(x.dtype)
+
+    def stage(carry: tuple) -> tuple:
+        points, beta, log_evidence, step, _, k, _ = carry
+        key_resample, key_move = random.split(random.fold_in(rng_key, k))
+        last = jnp.all(beta >= 1.0)
+
+        # Move
+        shares = share(beta)
 
         def evaluate(one: Array) -> Point:
             terms, vjp = jax.vjp(terms_fn, one)
-            return Point(one, share * terms, vjp(share)[0])
+            return Point(one, shares * terms, vjp(shares)[0])
 
-        return Potential(evaluate, blocks)
+        step = step._replace(preconditioner=at_temperature(step.preconditioner, curvature, beta, points.x, blocks))
 
-    def precondition(beta: Array, step: Step, x: Array) -> Step:
-        return step._replace(preconditioner=at_temperature(step.preconditioner, curvature, beta, x, equal, blocks))
-
-    def move(beta: Array, step: Step, x: Array, rng_key: Array, num: Array) -> tuple[Step, Array, Array]:
-        potential = tempered(beta)
-
-        def once(k: Array, carry: tuple) -> tuple:
-            size, x, _ = carry
-            keys = random.split(random.fold_in(rng_key, k), num_particles)
-            points = jax.vmap(potential.evaluate)(x)
-            now = Step(size, step.preconditioner)
+        def move(j: Array, carry: tuple) -> tuple:
+            points, size, _ = carry
+            keys = random.split(random.fold_in(key_move, j), num_particles)
+            now, potential = step._replace(size=size), Potential(evaluate, blocks)
+            points = jax.vmap(evaluate)(points.x)
             points, acceptance = jax.vmap(lambda key, p: kernel.move(key, p, potential, now))(keys, points)
             acceptance = acceptance.mean(0)
             if kernel.target is not None:
                 size = size * jnp.exp(ADAPTATION_RATE * (acceptance - kernel.target))
-            return size, points.x, acceptance
+            return points, size, acceptance
 
-        size, x, acceptance = lax.fori_loop(0, num, once, (step.size, x, jnp.zeros(blocks.num_blocks, x.dtype)))
-        return Step(size, step.preconditioner), x, acceptance
+        num_moves = jnp.where(last, final_moves, moves)
+        points, size, acceptance = lax.fori_loop(0, num_moves, move, (points, step.size, jnp.zeros_like(beta)))
+        step = step._replace(size=size)
 
-    def stage(carry: tuple) -> tuple:
-        x, beta, log_evidence, step, _, k = carry
-        key_resample, key_move = random.split(random.fold_in(rng_key, k))
         # Weigh
-        rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, jax.vmap(terms_fn)(x)))
+        rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, points.terms / shares))
         rest = jnp.where(jnp.isfinite(rest), rest, jnp.inf)
         increment = _next_increment(rest, 1 - beta, target_ess)
         weighed = reweight(equal, -increment * rest)
+
         # Resample
         keys = random.split(key_resample, blocks.num_blocks)
         ancestors = jax.vmap(systematic, in_axes=(0, 1), out_axes=1)(keys, weighed.log_weights)
-        x = jnp.take_along_axis(x, blocks.to_coordinates(ancestors), 0)
-        # Move
+        x = jnp.take_along_axis(points.x, blocks.to_coordinates(ancestors), 0)
+        points = points._replace(x=jnp.where(last, points.x, x))
         beta = jnp.minimum(beta + increment, 1.0)
-        step = precondition(beta, step, x)
-        done = jnp.all(beta >= 1.0)
-        step, x, acceptance = move(beta, step, x, key_move, jnp.where(done, final_moves, moves))
-        return x, beta, log_evidence + weighed.log_mean, step, acceptance, k + 1
+        return points, beta, log_evidence + weighed.log_mean, step, acceptance, k + 1, last
 
     zeros = jnp.zeros(blocks.num_blocks, x.dtype)
-    going = lambda carry: jnp.any(carry[1] < 1.0) & (carry[5] < MAX_STAGES)  # noqa: E731
-    # The tree of `step` must not change on the way: form its preconditioner once before.
-    carry = (x, zeros, zeros, precondition(zeros, step, x), zeros, 0)
-    x, beta, log_evidence, step, acceptance, k = lax.while_loop(going, stage, carry)
-    return Tempered(x, log_evidence, step, jnp.asarray(k), jnp.any(beta < 1.0), acceptance)
+    points = Point(x, jnp.zeros((num_particles, prior_mask.shape[0]), x.dtype), jnp.zeros_like(x))
+    going = lambda carry: ~carry[6] & (carry[5] < MAX_STAGES)  # noqa: E731
+    carry = (points, beta, zeros, step, zeros, 0, jnp.asarray(False))
+    points, beta, log_evidence, step, acceptance, k, last = lax.while_loop(going, stage, carry)
+    return Tempered(points, log_evidence, step, jnp.asarray(k), ~last, acceptance)
 
 
 def at_temperature(
-    old: Preconditioner, curvature: Curvature | None, beta: Array, x: Array, log_weights: Array, blocks: Blocks
+    old: Preconditioner, curvature: Curvature | None, beta: Array, x: Array, blocks: Blocks
 ) -> Preconditioner:
-    """The preconditioner at inverse temperatures ``beta [B]``: Hessian factors, and scales from the cloud."""
+    """The preconditioner at inverse temperatures ``beta [B]``: Hessian factors, and scales from the cloud ``x [N, D]``."""
     if curvature is None:
         plain = Preconditioner(jnp.ones_like(old.scale))
     else:
@@ -160,8 +163,17 @@ def at_temperature(
         convex = jnp.all(jnp.isfinite(factor), (1, 2))[:, None, None]
         inverse = jnp.where(convex, jnp.swapaxes(lower, 1, 2), eye)
         plain = Preconditioner(jnp.ones_like(old.scale), jnp.where(convex, factor, eye), inverse)
-    scale = jnp.sqrt(cloud_variance(plain, x, log_weights, blocks))
+    z = jax.vmap(lambda one: plain.unfactor(one, blocks))(x)
+    scale = jnp.std(z, 0)
     return plain._replace(scale=jnp.where(jnp.isfinite(scale) & (scale > 1e-8), scale, old.scale))
+
+
+def identity_like(x: Array, curvature: Curvature | None) -> Preconditioner:
+    """The identity on ``x [D]``, with the fields that the preconditioners of `temper` have."""
+    if curvature is None:
+        return Preconditioner(jnp.ones_like(x))
+    eye = jnp.broadcast_to(jnp.eye(curvature.rest.shape[-1], dtype=x.dtype), curvature.rest.shape)
+    return Preconditioner(jnp.ones_like(x), eye, eye)
 
 
 def _next_increment(energy: Array, room: Array, target_ess: float) -> Array:

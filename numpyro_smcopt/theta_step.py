@@ -14,8 +14,8 @@ steps. Three rules choose the rest:
 *gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 20)^-0.7`` after ``s`` reversals, so a far start is
 walked from at full speed and noise is averaged out near the maximum, without a horizon to be given;
 
-*length*: ``max_b Var_w(step . grad_theta U_b) <= -log(target_ess)``, which keeps the effective sample size of every
-block above ``target_ess`` to first order;
+*length*: ``max_b Var(step . grad_theta U_b) <= -log(target_ess)``, which keeps the effective sample size of every block
+above ``target_ess`` to first order (the variance comes from ``F``, split over blocks as on average over theta);
 
 *average*: the answer is an average of the iterates that forgets the approach, ``weight_k ~ s_k^2``.
 """
@@ -43,13 +43,11 @@ class Surroundings(NamedTuple):
         gradient: [P] estimate of the gradient of the loss.
         loss: [] estimate of the loss.
         information: () -> complete and missing information.
-        spread: direction [P] -> [], the largest variance of ``direction . grad_theta U_b`` over blocks.
     """
 
     gradient: Array
     loss: Array
     information: Callable[[], Information]
-    spread: Callable[[Array], Array]
 
 
 class ThetaStep(Protocol):
@@ -123,6 +121,7 @@ class NaturalState(NamedTuple):
         count: [] updates so far.
         reversals: [] how often a gradient disagreed with the step before it.
         information: Running complete and missing information.
+        metric: [P, P] ``M^-1``.
         last: [P] the last direction.
         average: [P] the running average of theta.
     """
@@ -130,6 +129,7 @@ class NaturalState(NamedTuple):
     count: Array
     reversals: Array
     information: Information
+    metric: Array
     last: Array
     average: Array
 
@@ -155,70 +155,63 @@ class NaturalStep:
     def init(self, theta: Array) -> NaturalState:
         """See `ThetaStep.init`."""
         zero, matrix = jnp.zeros((), jnp.int32), jnp.zeros((theta.shape[0],) * 2, theta.dtype)
-        return NaturalState(zero, zero, Information(matrix, matrix), jnp.zeros_like(theta), theta)
+        information = Information(matrix, matrix, jnp.ones((), theta.dtype))
+        return NaturalState(zero, zero, information, matrix, jnp.zeros_like(theta), theta)
 
     def update(self, state: NaturalState, theta: Array, around: Surroundings) -> tuple[Array, NaturalState]:
         """See `ThetaStep.update`."""
-        # Information
-        information = self._refresh(state, around)
+        # Metric
+        information, metric = self._refresh(state, around)
 
         # Direction
-        direction = natural_direction(around.gradient, information, self.floor)
+        direction = -metric @ around.gradient
         direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
 
         # Gain
-        reversed_ = jnp.vdot(around.gradient, state.last) > 0
-        reversals = state.reversals + reversed_.astype(jnp.int32)
+        reversals = state.reversals + (jnp.vdot(around.gradient, state.last) > 0).astype(jnp.int32)
         gain = (1 + reversals / self.patience) ** -0.7
         step = gain.astype(theta.dtype) * direction
 
         # Length
-        limit = -jnp.log(self.target_ess)
-        # The sum over blocks bounds their maximum and costs nothing.
-        bound = step @ information.missing @ step
-        spread = lax.cond(bound > limit, around.spread, lambda _: jnp.zeros((), theta.dtype), step)
-        step = step * jnp.sqrt(jnp.minimum(1.0, limit / jnp.maximum(spread, 1e-30)))
+        spread = information.largest_share * (step @ information.missing @ step)
+        step = step * jnp.sqrt(jnp.minimum(1.0, -jnp.log(self.target_ess) / jnp.maximum(spread, 1e-30)))
 
         # Average
         theta = theta + step
         weight = 3.0 / (2.0 * reversals + 3.0)
         average = state.average + weight.astype(theta.dtype) * (theta - state.average)
-        return theta, NaturalState(state.count + 1, reversals, information, direction, average)
+        return theta, NaturalState(state.count + 1, reversals, information, metric, direction, average)
 
     def estimate(self, state: NaturalState, theta: Array) -> Array:
         """See `ThetaStep.estimate`."""
         del theta
         return state.average
 
-    def _refresh(self, state: NaturalState, around: Surroundings) -> Information:
+    def _refresh(self, state: NaturalState, around: Surroundings) -> tuple[Information, Array]:
         renewals = state.count // self.refresh_every
         weight = jnp.maximum(1.0 / (renewals + 1), self.forgetting)
 
-        def renew(old: Information) -> Information:
+        def renew(_: None) -> tuple[Information, Array]:
             new = around.information()
             usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
-            return jax.tree.map(
-                lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a), old, new
-            )
+            mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
+            information = jax.tree.map(mix, state.information, new)
+            return information, inverse_metric(information, self.floor)
 
-        return lax.cond(state.count % self.refresh_every == 0, renew, lambda old: old, state.information)
+        return lax.cond(state.count % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None)
 
 
-def natural_direction(gradient: Array, information: Information, floor: float) -> Array:
-    """``-M^-1 g`` with ``M = H - F``, floored.
+def inverse_metric(information: Information, floor: float) -> Array:
+    """``M^-1 [P, P]`` with ``M = H - F``, floored.
 
     Args:
-        gradient: [P] ``g``.
         information: ``H`` and ``F``.
         floor: Smallest eigenvalue of ``H^-1/2 (H - F) H^-1/2``.
-
-    Returns:
-        [P] a descent direction.
     """
-    complete, missing = information
-    diagonal = jnp.abs(jnp.diag(complete))
-    scale = 1 / jnp.sqrt(jnp.maximum(diagonal, 1e-6 * jnp.max(diagonal) * 1e-6 + 1e-30))
+    complete, missing = information.complete, information.missing
+    scale = 1 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30))
     values, vectors = jnp.linalg.eigh(complete * scale[:, None] * scale)
     whiten = (vectors / jnp.sqrt(jnp.maximum(jnp.abs(values), 1e-3))) @ vectors.T * scale  # H^-1/2, up to a rotation
-    values, vectors = jnp.linalg.eigh(jnp.eye(len(gradient), dtype=gradient.dtype) - whiten @ missing @ whiten.T)
-    return -whiten.T @ (vectors @ ((vectors.T @ (whiten @ gradient)) / jnp.maximum(values, floor)))
+    values, vectors = jnp.linalg.eigh(jnp.eye(len(scale), dtype=complete.dtype) - whiten @ missing @ whiten.T)
+    half = vectors.T @ whiten
+    return (half.T / jnp.maximum(values, floor)) @ half

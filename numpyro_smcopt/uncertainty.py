@@ -28,16 +28,18 @@ class Information(NamedTuple):
     Attributes:
         complete: [P, P] ``H``.
         missing: [P, P] ``F``.
+        largest_share: [] the largest share of a single block in the missing information, relative to ``H``.
     """
 
     complete: Array
     missing: Array
+    largest_share: Array
 
 
 def louis_information(
     terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, log_weights: Array, blocks: Blocks
-) -> Information:
-    """Complete and missing information at ``theta``.
+) -> tuple[Array, Information]:
+    """Expected gradient [P] of the energy, and complete and missing information, at ``theta``.
 
     Args:
         terms_fn: ``(theta [P], x [D]) -> [K]``.
@@ -54,13 +56,17 @@ def louis_information(
         terms, vjp = jax.vjp(lambda t: jax.vmap(lambda one: terms_fn(t, one))(x), t)
         return blocks.sum_terms(terms), vjp(of_term)[0]
 
-    def along(direction: Array) -> tuple[Array, Array]:
-        return jax.jvp(energies_and_gradient, (theta,), (direction,))[1]
+    def along(direction: Array) -> tuple[Array, tuple[Array, Array]]:
+        (_, gradient), slopes = jax.jvp(energies_and_gradient, (theta,), (direction,))
+        return gradient, slopes
 
     batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / max(1, num_particles * num_terms))))
-    slopes, complete = lax.map(along, jnp.eye(theta.shape[0], dtype=theta.dtype), batch_size=batch)  # [P, N, B], [P, P]
+    directions = jnp.eye(theta.shape[0], dtype=theta.dtype)
+    gradients, (slopes, complete) = lax.map(along, directions, batch_size=batch)  # [P, P], [P, N, B], [P, P]
     factor = jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
     centred = (centred - jnp.sum(weights * centred, 1, keepdims=True)) * jnp.sqrt(weights * factor)
     flat = centred.reshape(theta.shape[0], -1)
-    return Information((complete + complete.T) / 2, flat @ flat.T)
+    per_block = jnp.sum(jnp.sum(centred**2, 1) / jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30)[:, None], 0)
+    share = jnp.max(per_block) / jnp.maximum(jnp.sum(per_block), 1e-30)
+    return gradients[0], Information((complete + complete.T) / 2, flat @ flat.T, share)
