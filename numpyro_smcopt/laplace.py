@@ -14,6 +14,7 @@ and makes far starting points harmless.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from numpyro_smcopt.uncertainty import Information, louis_information
 
 MAX_NUMBERS = 4_000_000  # B M^2 up to which Hessian blocks are affordable
 MAX_WIDTH = 1200
+COLUMNS_AT_ONCE = 128
 NEWTON_ITERATIONS = 100
 NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard deviations
 WARM_ITERATIONS = 80
@@ -57,7 +59,8 @@ def hessian_blocks(gradient_fn: Callable[[Array], Array], x: Array, blocks: Bloc
         direction = jnp.zeros_like(x).at[members].set(1.0, mode="drop")
         return blocks.gather(jax.jvp(gradient_fn, (x,), (direction,))[1], 0.0)
 
-    hessian = jnp.moveaxis(lax.map(column, columns, batch_size=min(width, 128)), 0, -1)  # [..., B, M, M]
+    mapped = jax.vmap(column) if width <= COLUMNS_AT_ONCE else partial(lax.map, column, batch_size=COLUMNS_AT_ONCE)
+    hessian = jnp.moveaxis(mapped(columns), 0, -1)  # [..., B, M, M]
     padding = blocks.members == x.shape[0]
     return hessian + jnp.where(padding, 1.0, 0.0)[..., None] * jnp.eye(width, dtype=x.dtype)
 
@@ -129,23 +132,23 @@ def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> M
         relaxed = jnp.where(damping < 1e-3, 0.0, damping / 5)
         damping = jnp.where(k == 0, 0.0, jnp.where(better, relaxed, jnp.maximum(4 * damping, 1e-2)))
 
-        # Next candidate. A block whose Hessian is indefinite stays and is damped more; a damped step is short without
-        # being near the mode.
+        # Next candidate. A block whose Hessian is indefinite stays and is damped more.
         step, length = newton(gradient, hessian, damping)
         sane = jnp.all(jnp.isfinite(step), -1)
         candidate = x + blocks.scatter(jnp.where(sane[:, None], step, 0.0))
         damping = jnp.where(sane, damping, jnp.maximum(4 * damping, 1e-2))
-        length = jnp.where(sane & (damping < 1e-2), length, jnp.inf)
+        length = jnp.where(sane, length, jnp.inf)
         return (x, terms, gradient, hessian), candidate, damping, length, k + 1
 
     def going(carry: tuple) -> Array:
-        return (jnp.max(carry[3]) > NEWTON_TOLERANCE) & (carry[4] < NEWTON_ITERATIONS)
+        _, _, damping, length, k = carry
+        return jnp.any((length > NEWTON_TOLERANCE) | (damping >= 1e-2)) & (k < NEWTON_ITERATIONS)
 
     zeros = jnp.zeros(blocks.num_blocks, x.dtype)
     hessian = jnp.zeros((blocks.num_blocks, blocks.width, blocks.width), x.dtype)
     here = (x, jnp.zeros(blocks.of_term.shape[0], x.dtype), jnp.zeros_like(x), hessian)
-    here, _, _, length, _ = lax.while_loop(going, body, (here, x, zeros, zeros + jnp.inf, 0))
-    return Mode(here[0], here[1], here[3], jnp.max(length))
+    here, _, damping, length, _ = lax.while_loop(going, body, (here, x, zeros, zeros + jnp.inf, 0))
+    return Mode(here[0], here[1], here[3], jnp.max(jnp.where(damping < 1e-2, length, jnp.inf)))
 
 
 def factors(hessian: Array) -> tuple[Array, Array, Array]:

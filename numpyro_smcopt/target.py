@@ -411,7 +411,8 @@ def _check_observed_shape(name: str, site: dict) -> None:
         return
     got = tuple(jnp.shape(site["value"]))
     try:
-        fits = np.broadcast_shapes(got, expected) == expected
+        # Either may be spread over the other (a scalar mean, one mean per row); an outer product is a mistake.
+        fits = math.prod(np.broadcast_shapes(got, expected)) <= max(math.prod(got), math.prod(expected))
     except ValueError:
         fits = False
     if not fits:

@@ -9,6 +9,7 @@ covariance falls apart into the independent blocks. Source: Louis 1982.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,7 +63,8 @@ def louis_information(
 
     batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / max(1, num_particles * num_terms))))
     directions = jnp.eye(theta.shape[0], dtype=theta.dtype)
-    gradients, (slopes, complete) = lax.map(along, directions, batch_size=batch)  # [P, P], [P, N, B], [P, P]
+    mapped = jax.vmap(along) if batch == len(directions) else partial(lax.map, along, batch_size=batch)
+    gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
     factor = jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
     centred = (centred - jnp.sum(weights * centred, 1, keepdims=True)) * jnp.sqrt(weights * factor)

@@ -30,7 +30,7 @@ from jax import random
 
 from numpyro_smcopt import laplace, tempering
 from numpyro_smcopt.adaptation import adapt_size
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, Start, flat_terms, warn
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, Start, flat_terms, warn, work_of_energy
 from numpyro_smcopt.blocks import Blocks, Partition, dependence_violated, find_blocks
 from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Preconditioner, Step, WeightedKernel
 from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, term_coefficients
@@ -40,11 +40,14 @@ from numpyro_smcopt.target import Target
 from numpyro_smcopt.theta_step import NaturalState, NaturalStep, Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
 from numpyro_smcopt.uncertainty import Information, louis_information
-from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
+from numpyro_smcopt.weights import effective_sample_size, incremental_log_weight, reweight, uniform_log_weights
 
-WORK_PER_UPDATE = 100_000  # particles times terms that the default number of particles aims at
+WORK_PER_EVALUATION = 1_500_000  # array elements that the default number of particles aims at
+FEWEST_PARTICLES, MOST_PARTICLES = 32, 128
 LARGEST_INFORMATION = 500  # coordinates of theta up to which the natural step is affordable
 LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
+INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
+INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
 BURN_IN = 100
 FINAL_MOVES = 10
 GUARDS = 4
@@ -175,7 +178,7 @@ class SMCOptimizer(ParticleAlgorithm):
     def _begin(self, rng_key: Array, start: Start) -> SMCState:
         key_draw, key_cloud, key_state = random.split(rng_key, 3)
         sites, theta = start.target.sites, start.theta
-        num_particles = self._num_particles(sites.num_terms, sites.num_latents)
+        num_particles = self._default_particles(start.target, theta)
         from_prior = sites.can_draw_prior and self.init_strategy is None
 
         # Blocks
@@ -208,12 +211,13 @@ class SMCOptimizer(ParticleAlgorithm):
         best = np.argsort(-finite.sum(1), kind="stable")[:2]
         return drawn[best]
 
-    def _num_particles(self, num_terms: int, num_latents: int) -> int:
-        if num_latents == 0:
+    def _default_particles(self, target: Target, theta: Theta) -> int:
+        if target.sites.num_latents == 0:
             return 1  # plain maximum likelihood: there is nothing to integrate out
         if self.num_particles is not None:
             return int(self.num_particles)
-        return int(np.clip(2 ** round(math.log2(WORK_PER_UPDATE / max(num_terms, 1))), 32, 128))
+        fitting = WORK_PER_EVALUATION / max(1, work_of_energy(target, theta))
+        return int(np.clip(2 ** round(math.log2(fitting)), FEWEST_PARTICLES, MOST_PARTICLES))
 
     def _draw(self, num: int, from_prior: bool) -> Callable:
         def draw(target: Target, rng_key: Array, theta: Theta) -> Array:
@@ -251,7 +255,7 @@ class SMCOptimizer(ParticleAlgorithm):
             prior = jnp.asarray(target.sites.prior_mask)
             kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
             curvature = None
-            if kernel.preconditioning.dense and laplace.affordable(blocks) and mode.size:
+            if kernel.preconditioning.dense and laplace.affordable(blocks) and blocks.width > 1:
                 curvature = laplace.curvature(at_theta, mode, prior, blocks)
             size = jnp.full(blocks.num_blocks, kernel.step_size, x.dtype)
             step = Step(size, tempering.identity_like(mode, curvature))
@@ -262,10 +266,10 @@ class SMCOptimizer(ParticleAlgorithm):
             )  # fmt: skip
             points = tempered.points
             if self._carries_scores(num_particles, flat.size, blocks):
-                points = jax.vmap(self._evaluate(target, theta, blocks))(points.x)
+                points = jax.vmap(self._evaluate(target, theta, True))(points.x)
             free = -blocks.sum_free_terms(points.terms[0])
             log_evidence = jnp.sum(tempered.log_evidence) + free if from_prior else jnp.zeros((), x.dtype)
-            theta_step = self._theta_step(flat)
+            theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks))
             zero = jnp.zeros((), jnp.int32)
             state = SMCState(
                 theta=theta,
@@ -306,24 +310,27 @@ class SMCOptimizer(ParticleAlgorithm):
         _refuse_hopeless(target, np.isfinite(np.asarray(state.points.terms)))
 
     # -- update -------------------------------------------------------------------------------------------------------
-    def _theta_step(self, flat: Array) -> ThetaStep:
+    def _theta_step(self, flat: Array, log_weights_shape: tuple[int, int]) -> ThetaStep:
         if self.optim is not None:
             return self.optim
         if flat.size <= LARGEST_INFORMATION:
-            return NaturalStep()
+            num_particles, num_blocks = log_weights_shape
+            # In units of the evaluations of one update; an information costs about three per direction.
+            cost = 3 * flat.size * _num_for_information(num_particles, num_blocks) / num_particles
+            affordable = cost / (INFORMATION_SHARE * (2 + getattr(self.kernel, "num_evaluations", 1)))
+            return NaturalStep(refresh_every=max(5, math.ceil(affordable)))
         return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
 
     def _carries_scores(self, num_particles: int, num_params: int, blocks: Blocks) -> bool:
         single = getattr(self.kernel, "num_evaluations", 1) == 1
         return single and blocks.num_blocks == 1 and num_particles * num_params <= LARGEST_SCORES
 
-    def _evaluate(self, target: Target, theta: Theta, blocks: Blocks) -> Callable[[Array], Point]:
-        """One evaluation: energy terms, their gradient in x, and where it is free the one in theta."""
+    def _evaluate(self, target: Target, theta: Theta, scores: bool) -> Callable[[Array], Point]:
+        """One evaluation: energy terms, their gradient in x, and with ``scores`` the one in theta."""
         terms_fn, flat, _ = flat_terms(target, theta)
-        num_particles = self._num_particles(target.sites.num_terms, target.sites.num_latents)
 
         def evaluate(x: Array) -> Point:
-            if self._carries_scores(num_particles, flat.size, blocks):
+            if scores:
                 terms, vjp = jax.vjp(terms_fn, flat, x)
                 score, grad = vjp(jnp.ones_like(terms))
                 return Point(x, terms, grad, score)
@@ -339,13 +346,13 @@ class SMCOptimizer(ParticleAlgorithm):
         }
 
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
-        key_move, key_resample, key_next = random.split(state.rng_key, 3)
         blocks, step = state.blocks, state.step._replace(size=controls["step_size"])
         num_particles = state.log_weights.shape[0]
-        keys = random.split(key_move, num_particles)
+        every_key = random.split(state.rng_key, 1 + num_particles + blocks.num_blocks)  # one call compiles to less
+        key_next, keys, block_keys = every_key[0], every_key[1 : 1 + num_particles], every_key[1 + num_particles :]
         terms_fn, flat, unravel = flat_terms(target, state.theta)
         all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
-        theta_step = self._theta_step(flat)
+        theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks))
 
         # Theta
         proposed, theta_state, gradient = state.pending, state.theta_state, jnp.zeros_like(flat)
@@ -355,7 +362,8 @@ class SMCOptimizer(ParticleAlgorithm):
             proposed, theta_state = theta_step.update(theta_state, flat, around)
 
         # Move and weigh, or weigh where the particles are
-        new = Potential(self._evaluate(target, unravel(proposed), blocks), blocks)
+        scores = state.points.score is not None
+        new = Potential(self._evaluate(target, unravel(proposed), scores), blocks)
         if isinstance(self.kernel, WeightedKernel):
             points, log_ratio = jax.vmap(lambda key, p: self.kernel.move(key, p, new, step))(keys, state.points)
         elif self._gradient_first:
@@ -386,11 +394,11 @@ class SMCOptimizer(ParticleAlgorithm):
             pending, theta_state = keep(following, pending), keep(next_state, theta_state)
 
         # Resample
-        points, log_weights, resampled = self._resample(key_resample, points, log_weights, blocks, controls)
+        points, log_weights, resampled = self._resample(block_keys, points, log_weights, blocks, controls)
 
         # Move
         if isinstance(self.kernel, InvariantKernel):
-            potential = Potential(self._evaluate(target, unravel(here), blocks), blocks)
+            potential = Potential(self._evaluate(target, unravel(here), scores), blocks)
             points, acceptance = jax.vmap(lambda key, p: self.kernel.move(key, p, potential, step))(keys, points)
             acceptance = jnp.sum(jnp.exp(log_weights) * acceptance, 0)
             size = adapt_size(step.size, acceptance, self.kernel.target, state.num_updates)
@@ -441,22 +449,36 @@ class SMCOptimizer(ParticleAlgorithm):
         terms_fn, _, _ = flat_terms(target, state.theta)
 
         def information() -> Information:
-            return louis_information(terms_fn, theta, x, log_weights, state.blocks)[1]
+            # A few particles of every block do where there are many blocks; which ones changes from time to time.
+            num = _num_for_information(*log_weights.shape)
+            stride = log_weights.shape[0] // num
+            chosen = stride * jnp.arange(num) + state.num_updates % stride
+            weights = jax.nn.log_softmax(log_weights[chosen], axis=0)
+            return louis_information(terms_fn, theta, x[chosen], weights, state.blocks)[1]
 
         return Surroundings(gradient, -_log_evidence(state), information)
 
     def _resample(
-        self, rng_key: Array, points: Point, log_weights: Array, blocks: Blocks, controls: dict[str, Array]
+        self, keys: Array, points: Point, log_weights: Array, blocks: Blocks, controls: dict[str, Array]
     ) -> tuple[Point, Array, Array]:
-        keys = random.split(rng_key, blocks.num_blocks)
         threshold = controls["ess_threshold"]
-        resampled = jax.vmap(lambda k, w: self.resample(k, w, threshold), in_axes=(0, 1), out_axes=Resampled(1, 1, 0))(
-            keys, log_weights
-        )
-        ancestors, log_weights, happened = resampled
         # A particle without weight waits at the heaviest one: its own place may have no finite gradient.
         dead = ~jnp.isfinite(log_weights)
-        ancestors = jnp.where(dead, jnp.argmax(log_weights, 0), ancestors)
+        low = effective_sample_size(log_weights) < threshold * log_weights.shape[0]
+
+        def draw(log_weights: Array) -> Resampled:
+            drawn = jax.vmap(
+                lambda k, w: self.resample(k, w, threshold), in_axes=(0, 1), out_axes=Resampled(1, 1, 0)
+            )(keys, log_weights)
+            still_dead = ~jnp.isfinite(drawn.log_weights)
+            return drawn._replace(ancestors=jnp.where(still_dead, jnp.argmax(log_weights, 0), drawn.ancestors))
+
+        def keep(log_weights: Array) -> Resampled:
+            own = jnp.arange(log_weights.shape[0], dtype=jnp.int32)[:, None]
+            return Resampled(jnp.broadcast_to(own, log_weights.shape), log_weights, jnp.zeros(low.shape, bool))
+
+        moved = jnp.any(low) | jnp.any(dead)
+        ancestors, log_weights, happened = jax.lax.cond(moved, draw, keep, log_weights)
 
         def gather(points: Point) -> Point:
             take = lambda v, index: jnp.take_along_axis(v, index, 0)  # noqa: E731
@@ -465,7 +487,6 @@ class SMCOptimizer(ParticleAlgorithm):
             score = None if points.score is None else points.score[ancestors[:, 0]]
             return Point(take(points.x, of_x), take(points.terms, of_term), take(points.grad, of_x), score)
 
-        moved = jnp.any(happened) | jnp.any(dead)
         return jax.lax.cond(moved, gather, lambda p: p, points), log_weights, jnp.sum(happened)
 
     def _adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
@@ -476,7 +497,7 @@ class SMCOptimizer(ParticleAlgorithm):
                 f"with these arguments the model has {target.sites.num_latents} and {target.sites.num_terms}. Data of "
                 "another shape need a new init."
             )
-        points = jax.vmap(self._evaluate(target, state.theta, blocks))(state.points.x)
+        points = jax.vmap(self._evaluate(target, state.theta, state.points.score is not None))(state.points.x)
         weighed = reweight(
             state.log_weights, incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
         )
@@ -536,6 +557,10 @@ class SMCOptimizer(ParticleAlgorithm):
                 "run(..., init_state=result.state)."
             )
         return status
+
+
+def _num_for_information(num_particles: int, num_blocks: int) -> int:
+    return int(np.clip(2 ** math.ceil(math.log2(INFORMATION_DRAWS / num_blocks)), min(16, num_particles), num_particles))
 
 
 def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:

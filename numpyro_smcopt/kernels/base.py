@@ -20,6 +20,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import random
+from jax.scipy.special import ndtr
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
@@ -122,6 +124,16 @@ class WeightedKernel(abc.ABC):
         Returns:
             The new point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
         """
+
+
+def noise(rng_key: Array, x: Array, num_uniform: int) -> tuple[Array, Array]:
+    """Standard normals like ``x [D]`` and ``num_uniform`` uniforms, from one call of the generator.
+
+    A generator call costs more to compile than everything else in a move; the uniforms are normals sent through their
+    distribution function.
+    """
+    draws = random.normal(rng_key, (x.shape[0] + num_uniform,), x.dtype)
+    return draws[: x.shape[0]], jnp.maximum(ndtr(draws[x.shape[0] :]), jnp.finfo(x.dtype).tiny)
 
 
 def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Point, Array]:

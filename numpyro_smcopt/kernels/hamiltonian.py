@@ -14,10 +14,10 @@ Source: Neal 2011, sections 2.3 and 3.2.
 import dataclasses
 
 import jax.numpy as jnp
-from jax import lax, random
+from jax import lax
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept, noise
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
 from numpyro_smcopt.types import Array
 
@@ -35,7 +35,7 @@ class HMC(InvariantKernel):
     """
 
     step_size: float = 0.9
-    num_leapfrog: int = 4
+    num_leapfrog: int = 3
     jitter: float = 0.8
     target: float | None = 0.75
     preconditioning: Preconditioning = preconditioners.dense
@@ -55,9 +55,8 @@ class HMC(InvariantKernel):
     def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
         blocks, L = potential.blocks, step.preconditioner
-        key_momentum, key_uniform = random.split(rng_key)
-        momentum = random.normal(key_momentum, point.x.shape, point.x.dtype)
-        uniform = random.uniform(key_uniform, (2, *step.size.shape), step.size.dtype)
+        momentum, uniform = noise(rng_key, point.x, 2 * blocks.num_blocks)
+        uniform = uniform.reshape(2, blocks.num_blocks)
         eps = blocks.to_coordinates(step.size * (1 - self.jitter * uniform[0]))
 
         def leapfrog(state: tuple[Point, Array], _: None) -> tuple[tuple[Point, Array], None]:

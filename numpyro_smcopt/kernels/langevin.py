@@ -15,10 +15,9 @@ the backward kernel); Carbone et al. 2023 (the same weights from Jarzynski's equ
 import dataclasses
 
 import jax.numpy as jnp
-from jax import random
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel, accept
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel, accept, noise
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
 from numpyro_smcopt.types import Array
 
@@ -43,7 +42,8 @@ class ULA(WeightedKernel):
 
     def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `WeightedKernel.move`."""
-        return _langevin(rng_key, point, potential, step)
+        xi, _ = noise(rng_key, point.x, 0)
+        return _langevin(xi, point, potential, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,16 @@ class MALA(InvariantKernel):
 
     def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
-        key_move, key_accept = random.split(rng_key)
-        proposal, log_ratio = _langevin(key_move, point, potential, step)
-        log_uniform = jnp.log(random.uniform(key_accept, log_ratio.shape, log_ratio.dtype))
-        return accept(log_uniform, log_ratio, point, proposal, potential.blocks)
+        xi, uniform = noise(rng_key, point.x, potential.blocks.num_blocks)
+        proposal, log_ratio = _langevin(xi, point, potential, step)
+        return accept(jnp.log(uniform), log_ratio, point, proposal, potential.blocks)
 
 
-def _langevin(rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+def _langevin(xi: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
     """Proposal and log ratio of backward to forward density, [B]."""
     blocks, L = potential.blocks, step.preconditioner
     h = blocks.to_coordinates(step.size)
-    noise = random.normal(rng_key, point.x.shape, point.x.dtype)
     slope = L.apply_transpose(point.grad, blocks)
-    proposal = potential.evaluate(point.x + L.apply(jnp.sqrt(2 * h) * noise - h * slope, blocks))
-    backward = -noise + jnp.sqrt(h / 2) * (slope + L.apply_transpose(proposal.grad, blocks))
-    return proposal, 0.5 * blocks.sum_coordinates(noise**2 - backward**2)
+    proposal = potential.evaluate(point.x + L.apply(jnp.sqrt(2 * h) * xi - h * slope, blocks))
+    backward = -xi + jnp.sqrt(h / 2) * (slope + L.apply_transpose(proposal.grad, blocks))
+    return proposal, 0.5 * blocks.sum_coordinates(xi**2 - backward**2)

@@ -5,10 +5,9 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jax import random
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept, noise
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
 from numpyro_smcopt.types import Array
 
@@ -30,10 +29,8 @@ class RandomWalk(InvariantKernel):
 
     def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
-        key_move, key_accept = random.split(rng_key)
         blocks = potential.blocks
-        noise = random.normal(key_move, point.x.shape, point.x.dtype)
-        shift = step.preconditioner.apply(jnp.sqrt(2 * blocks.to_coordinates(step.size)) * noise, blocks)
+        xi, uniform = noise(rng_key, point.x, blocks.num_blocks)
+        shift = step.preconditioner.apply(jnp.sqrt(2 * blocks.to_coordinates(step.size)) * xi, blocks)
         proposal = potential.evaluate(point.x + shift)
-        log_uniform = jnp.log(random.uniform(key_accept, step.size.shape, step.size.dtype))
-        return accept(log_uniform, jnp.zeros_like(step.size), point, proposal, blocks)
+        return accept(jnp.log(uniform), jnp.zeros_like(step.size), point, proposal, blocks)
