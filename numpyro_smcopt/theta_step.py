@@ -11,7 +11,7 @@ with ``M`` Louis' observed information ``H - F`` (see `uncertainty`), formed whe
 eigenvalues floored, so that a noisy or indefinite estimate still gives a descent direction no longer than a few EM
 steps. Three rules choose the rest:
 
-*gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 20)^-0.7`` after ``s`` reversals, so a far start is
+*gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 5)^-0.7`` after ``s`` reversals, so a far start is
 walked from at full speed and noise is averaged out near the maximum, without a horizon to be given;
 
 *length*: ``max_b Var(step . grad_theta U_b) <= -log(target_ess)``, which keeps the effective sample size of every block
@@ -150,7 +150,7 @@ class NaturalStep:
     refresh_every: int = 5
     floor: float = 0.1
     forgetting: float = 0.1
-    patience: float = 20.0
+    patience: float = 5.0
 
     def init(self, theta: Array) -> NaturalState:
         """See `ThetaStep.init`."""
