@@ -22,6 +22,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import numpyro
+import numpyro.distributions as dist
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
@@ -32,15 +33,16 @@ from numpyro.primitives import Messenger
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 ENUMERATED = "enumerated"
-"""Name of the term that holds everything but the prior of the continuous latents, if discrete latents are summed out."""
+"""Name of the term that holds all but the prior of the continuous latents, if discrete latents are summed out."""
 
 
-# -- arguments of the model: arrays are traced, everything else is static ---------------------------------------------
+# -- arguments of the model: arrays are traced, everything else is static ------------------------------------------
 class StaticArguments(NamedTuple):
     """The part of a model's arguments that a compiled program is built for: hashable."""
 
     treedef: Any
     leaves: tuple  # one entry per leaf; `_TRACED` marks a leaf that is an array
+    types: tuple[type, ...]  # of the leaves, because 1 == True
 
 
 class _Traced:
@@ -57,8 +59,8 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
     """Separate the arrays among the arguments of a model from the rest.
 
     Arrays and Python floats become traced arguments of the compiled programs, so new values of the same shapes do not
-    recompile. Integers (plate sizes), strings, ``None`` and functions are static. An integer array of dimension zero
-    that is not a JAX array counts as an integer.
+    recompile. Integers (plate sizes), booleans, strings, ``None`` and functions are static; so are integers and
+    booleans of NumPy, also as arrays of dimension zero.
 
     Returns:
         The arrays, and the hashable remainder for `join_arguments`.
@@ -68,36 +70,33 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays, static = [], []
-    for leaf in leaves:
-        if isinstance(leaf, np.generic | np.ndarray) and np.ndim(leaf) == 0 and np.issubdtype(leaf.dtype, np.integer):
-            leaf = int(leaf)
-        if isinstance(leaf, bool | int | str | bytes | None.__class__):
-            static.append(leaf)
-        elif isinstance(leaf, float | complex | jax.Array | np.ndarray | np.generic) or hasattr(leaf, "__array__"):
-            if jax.dtypes.issubdtype(getattr(leaf, "dtype", np.dtype(float)), jax.dtypes.prng_key):
-                arrays.append(leaf)
-            else:
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, np.generic | np.ndarray) and np.ndim(leaf) == 0 and leaf.dtype.kind in "biu":
+            leaf = leaf.item()
+        try:
+            if isinstance(leaf, bool | int | str | bytes):
+                static.append(leaf)
+            elif isinstance(leaf, float | complex | jax.Array) or hasattr(leaf, "__array__"):
                 arrays.append(_as_array(leaf))
-            static.append(_TRACED)
-        else:
-            try:
+                static.append(_TRACED)
+            else:
                 hash(leaf)
-            except TypeError as error:
-                raise TypeError(
-                    f"A model argument of type {type(leaf).__name__} is neither an array nor hashable. Pass arrays, "
-                    "numbers, strings, functions or (nested) tuples, lists and dicts of them."
-                ) from error
-            static.append(leaf)
-    return arrays, StaticArguments(treedef, tuple(static))
+                static.append(leaf)
+        except TypeError as error:
+            path = jax.tree_util.tree_flatten_with_path((args, kwargs))[0][k][0]
+            where = ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            found = getattr(leaf, "dtype", "")
+            raise TypeError(
+                f"Model argument {where} is {f'an array of dtype {found}' if found else f'a {type(leaf).__name__}'}, "
+                "which is neither an array that JAX can hold nor hashable. Pass arrays of numbers, numbers, strings, "
+                "functions or (nested) tuples, lists and dicts of them; encode labels as integers (for instance with "
+                "`numpy.unique(..., return_inverse=True)`)."
+            ) from error
+    return arrays, StaticArguments(treedef, tuple(static), tuple(map(type, static)))
 
 
 def _as_array(leaf: Any) -> Array:
     value = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if value.dtype.kind not in "biufcV" and not jax.dtypes.issubdtype(value.dtype, np.number):
-        raise TypeError(
-            f"A model argument is an array of dtype {value.dtype}, which JAX cannot hold. Encode labels as integers "
-            "before passing them (for instance with `numpy.unique(..., return_inverse=True)`)."
-        )
     return strong(jnp.asarray(value))
 
 
@@ -115,7 +114,7 @@ def strong(value: Array) -> Array:
     return jax.lax.convert_element_type(value, dtype)
 
 
-# -- the sites of a model -----------------------------------------------------------------------------------------------
+# -- the sites of a model ------------------------------------------------------------------------------------------
 class LatentSite(NamedTuple):
     """A latent site: its shape on unconstrained space and the plates that it stands in."""
 
@@ -220,17 +219,18 @@ class Target:
         return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
 
     def _enumerated_terms(self, model: Model, latents: dict[str, Array]) -> Array:
-        # Sums over discrete sites couple the terms, so only prior and remainder are told apart.
+        # Sums over discrete sites couple the terms, so only prior and remainder are told apart; the prior is summed
+        # over the discrete sites as well.
         from numpyro.contrib.funsor import log_density
 
+        def observed(site: dict) -> bool:
+            return site.get("is_observed", False) and not _is_prior(site["name"], latents)
+
+        model = _enumerated(model, self.args, self.kwargs)
         with handlers.block(), handlers.seed(rng_seed=random.key(0)):
-            total, trace = log_density(_enumerated(model, self.args, self.kwargs), self.args, self.kwargs, {})
-        prior = sum(
-            jnp.sum(_log_prob(site))
-            for name, site in trace.items()
-            if site["type"] == "sample" and _is_prior(name, latents)
-        )
-        return -jnp.stack([jnp.asarray(prior, total.dtype), total - prior])
+            total, _ = log_density(model, self.args, self.kwargs, {})
+            prior, _ = log_density(handlers.block(model, hide_fn=observed), self.args, self.kwargs, {})
+        return -jnp.stack([prior, total - prior])
 
     def draw_prior(self, rng_key: Array, theta: Theta) -> Array:
         """One draw [D] of the latents from their prior at ``theta``, on unconstrained space."""
@@ -260,9 +260,22 @@ class Target:
         Args:
             rng_key: Seed of callable initial values.
             init_params: Constrained values that replace the model's own.
+
+        Raises:
+            ValueError: If one of them has another shape than the model's own.
         """
-        model = handlers.substitute(self.model, data=init_params)
+        model = _drawable(self.model, set())
         trace = _trace(model, self.args, self.kwargs, rng_key)
+        if init_params:
+            for name, given in init_params.items():
+                expected, got = (jax.tree.map(jnp.shape, value) for value in (trace[name]["value"], given))
+                if expected != got:
+                    raise ValueError(
+                        f"init_params['{name}'] has shape {got}, but the param site has shape {expected}. Give a "
+                        "constrained value of that shape."
+                    )
+            model = handlers.substitute(model, data=init_params)
+            trace = _trace(model, self.args, self.kwargs, rng_key)
         values = {name: jax.tree.map(_floating, trace[name]["value"]) for name in self.sites.params}
         theta = {name: _tree_map_constraint(trace[name], lambda t, v: t.inv(v), values[name]) for name in values}
         return jax.tree.map(strong, (values, theta))
@@ -278,7 +291,10 @@ class Target:
         model = handlers.substitute(self.model, substitute_fn=_substitution(theta, {}))
         trace = _trace(model, self.args, self.kwargs, random.key(0))
         free = {name: _is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta}
-        marks = {name: jax.tree.map(lambda leaf: jnp.full(jnp.shape(leaf), not free[name]), theta[name]) for name in theta}
+        marks = {
+            name: jax.tree.map(lambda leaf, mark=not free[name]: jnp.full(jnp.shape(leaf), mark), theta[name])
+            for name in theta
+        }
         return jax.flatten_util.ravel_pytree(marks)[0]
 
     def constrain_latents(self, theta: Theta, x: Array) -> dict[str, Array]:
@@ -300,16 +316,22 @@ def make_target(model: Model, args: tuple, kwargs: dict) -> Target:
 def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
     """Trace the model without computing anything and describe its sites."""
     found: dict[str, Any] = {}
+    improper: set[str] = set()
 
     def probe(rng_key: Array) -> None:
         found["trace"] = {
             name: {k: v for k, v in site.items() if k != "intermediates"} | _describe(site)
-            for name, site in _trace(handlers.seed(model, rng_key), args, kwargs, rng_key, drawing=True).items()
+            for name, site in _trace(_drawable(model, improper), args, kwargs, rng_key).items()
         }
 
     try:
         jax.eval_shape(probe, random.key(0))
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    ) as error:
         raise ValueError(
             "The model looks at the values of an array argument (a size computed from data, an `if` on an array, a "
             "call of NumPy). Arrays are traced, so that new data do not recompile: compute such values before and "
@@ -317,15 +339,16 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
         ) from error
     trace = found["trace"]
     _refuse_unsupported(trace)
-    params = tuple(name for name, site in trace.items() if site["type"] == "param" and site["leaves"])
+    params = tuple(
+        name for name, site in trace.items() if site["type"] == "param" and site["leaves"] and not _is_free(name, trace)
+    )
     discrete = [name for name, site in trace.items() if site["discrete"]]
     latents = {
         name: LatentSite(site["shape"], site["plates"], site["event_dim"])
         for name, site in trace.items()
         if site["latent"] and name not in discrete
     }
-    can_draw = not any(site.get("improper", False) for site in trace.values())
-    sites = Sites(params, latents, (), bool(discrete), can_draw)
+    sites = Sites(params, latents, (), bool(discrete), can_draw_prior=not improper)
     return sites._replace(terms=_read_terms(Target(model, args, kwargs, sites), trace))
 
 
@@ -348,6 +371,11 @@ def _read_terms(target: Target, trace: dict) -> tuple[tuple[str, int, bool], ...
     return tuple(found)
 
 
+def _is_free(name: str, trace: dict) -> bool:
+    """Whether a param site only chooses between equivalent forms of the model, as that of `LocScaleReparam(None)`."""
+    return name.endswith("_centered") and f"{name.removesuffix('_centered')}_decentered" in trace
+
+
 def _describe(site: dict) -> dict:
     """What must be remembered of a site, as plain Python (the trace itself holds tracers)."""
     latent = site["type"] == "sample" and not site["is_observed"]
@@ -355,7 +383,7 @@ def _describe(site: dict) -> dict:
     if site["type"] == "param":
         facts["leaves"] = len(jax.tree.leaves(site["value"]))
     if latent:
-        facts["improper"] = site.get("improper", False)
+        facts["delta"] = _is_delta(site["fn"])
         facts["discrete"] = bool(site["fn"].support.is_discrete)
         facts["can_enumerate"] = facts["discrete"] and bool(site["fn"].has_enumerate_support)
         facts["plates"] = tuple((frame.name, frame.dim, frame.size) for frame in site["cond_indep_stack"])
@@ -366,7 +394,19 @@ def _describe(site: dict) -> dict:
     return facts
 
 
+def _is_delta(fn: dist.Distribution) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
 def _refuse_unsupported(trace: dict) -> None:
+    for name, site in trace.items():
+        if site.get("delta", False):
+            raise ValueError(
+                f"Latent site '{name}' has a Delta distribution, which leaves nothing to integrate out. Use "
+                "`numpyro.deterministic` instead."
+            )
     discrete = [name for name, site in trace.items() if site["discrete"]]
     for name in discrete:
         if not trace[name]["can_enumerate"]:
@@ -395,8 +435,10 @@ def _refuse_unsupported(trace: dict) -> None:
             local = [v for v in latents if name in [plate[0] for plate in trace[v]["plates"]]]
             drawn = site["kwargs"].get("rng_key") is not None
             if local or drawn:
-                what = f"the latent sites {local} in it would have no particles to keep" if local else (
-                    "a fresh random subset at every evaluation is not an energy"
+                what = (
+                    f"the latent sites {local} in it would have no particles to keep"
+                    if local
+                    else ("a fresh random subset at every evaluation is not an energy")
                 )
                 raise ValueError(
                     f"Plate '{name}' is subsampled ({subsample} of {size}): {what}. Use the whole plate"
@@ -433,15 +475,16 @@ def check_init_params(sites: Sites, init_params: Any) -> None:
         raise TypeError(f"init_params must be a dict of constrained values by site, got {type(init_params).__name__}.")
     unknown = sorted(set(init_params) - set(sites.params))
     if unknown:
-        raise ValueError(f"init_params names {unknown}, which are no param sites. The param sites are {list(sites.params)}.")
+        raise ValueError(
+            f"init_params names {unknown}, which are no param sites. The param sites are {list(sites.params)}."
+        )
 
 
-def check_start(sites: Sites, own: Params, start: Params, theta: Theta) -> None:
-    """Refuse starting values of a wrong shape or outside their support.
+def check_start(sites: Sites, start: Params, theta: Theta) -> None:
+    """Refuse starting values outside their support.
 
     Args:
         sites: The sites of the model.
-        own: The model's own initial values.
         start: The values to start from, constrained.
         theta: The same, unconstrained.
 
@@ -449,9 +492,6 @@ def check_start(sites: Sites, own: Params, start: Params, theta: Theta) -> None:
         ValueError: The message names the site.
     """
     for name in sites.params:
-        expected, got = jax.tree.map(jnp.shape, own[name]), jax.tree.map(jnp.shape, start[name])
-        if expected != got:
-            raise ValueError(f"init_params['{name}'] has shape {got}, but the param site has shape {expected}.")
         if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(theta[name])):
             shown = start[name] if jnp.size(jax.tree.leaves(start[name])[0]) < 10 else "a value"
             raise ValueError(
@@ -460,7 +500,7 @@ def check_start(sites: Sites, own: Params, start: Params, theta: Theta) -> None:
             )
 
 
-# -- latents become parameters ----------------------------------------------------------------------------------------
+# -- latents become parameters -------------------------------------------------------------------------------------
 class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro names them
     """Turn latent sites of a model into parameters, so that they are estimated instead of integrated out.
 
@@ -472,6 +512,9 @@ class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro 
         fn: The model.
         sites: Names of latent sample sites.
         keep_prior: Whether the prior density of these sites stays in the model.
+
+    Raises:
+        ValueError: When the model runs: if a site is observed, has its value already, or does not exist.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -489,7 +532,16 @@ class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro 
             raise TypeError(f"sites must be a collection of names, got the string '{sites}'. Write ['{sites}'].")
         self.sites = frozenset(sites)
         self.keep_prior = keep_prior
+        self._seen: set[str] = set()
         super().__init__(fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        self._seen = set()
+        result = super().__call__(*args, **kwargs)
+        if missing := sorted(self.sites - self._seen):
+            raise ValueError(f"latents_to_params names {missing}, but the model has no such sample sites.")
+        return result
 
     def process_message(self, msg: dict) -> None:
         """Replace a sample message by an observed one whose value is a param site of the same name."""
@@ -497,6 +549,12 @@ class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro 
             return
         if msg["is_observed"]:
             raise ValueError(f"Site '{msg['name']}' is observed and cannot become a parameter.")
+        if msg["value"] is not None:
+            raise ValueError(
+                f"Site '{msg['name']}' has a value already (inside `scan`, or from another handler), so it cannot "
+                "become a parameter. Declare it with numpyro.param, outside of `scan`."
+            )
+        self._seen.add(msg["name"])
         name, fn = msg["name"], msg["fn"]
         with helpful_support_errors(msg):
             # The prior median of a few draws: inside the support, and not an extreme one.
@@ -510,24 +568,26 @@ class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro 
             msg["fn"] = fn.mask(False)
 
 
-# -- small print ------------------------------------------------------------------------------------------------------
-def _trace(model: Model, args: tuple, kwargs: dict, rng_key: Array, drawing: bool = False) -> dict:
+# -- small print ---------------------------------------------------------------------------------------------------
+def _trace(model: Model, args: tuple, kwargs: dict, rng_key: Array) -> dict:
     with handlers.block(), handlers.seed(rng_seed=rng_key):
-        if drawing:
-            model = handlers.substitute(model, substitute_fn=_stand_in)
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 
-def _stand_in(site: dict) -> Any:
-    """Mark sites that have no sampler and give them a value of the right shape, so that the trace can go on."""
-    if site["type"] != "sample" or site["is_observed"] or site["value"] is not None:
+def _drawable(model: Model, improper: set[str]) -> Model:
+    """The model with values at the sites that have no sampler, so that a trace can go on; notes their names."""
+
+    def stand_in(site: dict) -> Any:
+        if site["type"] != "sample" or site["is_observed"] or site["value"] is not None:
+            return None
+        try:
+            site["fn"].sample(random.key(0))
+        except NotImplementedError:
+            improper.add(site["name"])
+            return init_to_uniform()(site | {"kwargs": site["kwargs"] | {"rng_key": random.key(0)}})
         return None
-    try:
-        site["fn"].sample(random.key(0))
-    except NotImplementedError:
-        site["improper"] = True
-        return init_to_uniform()(site | {"kwargs": site["kwargs"] | {"rng_key": random.key(0)}})
-    return None
+
+    return handlers.substitute(model, substitute_fn=stand_in)
 
 
 def _substitution(theta: Theta, latents: dict[str, Array]) -> Callable[[dict], Any]:
@@ -571,7 +631,9 @@ def _log_prob(site: dict) -> Array:
 
 
 def _is_prior(name: str, latents: dict[str, Any]) -> bool:
-    return name in latents or (name.startswith("_") and name.endswith("_log_det") and name[1:-8] in latents)
+    """Whether a site is a latent, or the log-Jacobian of one: `_<latent>_log_det`, below the latent's own scope."""
+    factors = {f"_{latent}_log_det": latent for latent in latents if name.endswith(f"_{latent}_log_det")}
+    return name in latents or any(latent.startswith(name.removesuffix(end)) for end, latent in factors.items())
 
 
 def _enumerated(model: Model, args: tuple, kwargs: dict) -> Model:

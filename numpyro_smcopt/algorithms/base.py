@@ -103,12 +103,8 @@ class ParticleAlgorithm(abc.ABC):
         check_init_params(target.sites, init_params)
         init_params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf)), init_params)
 
-        def read(target: Target, key: Array, given: Params) -> tuple[Params, Params, Theta]:
-            own, _ = target.initial_params(key, {})
-            return own, *target.initial_params(key, given)
-
-        own, params, theta = self._program("read", read)(static, arrays, key_params, init_params)
-        check_start(target.sites, own, params, theta)
+        params, theta = self._program("read", Target.initial_params)(static, arrays, key_params, init_params)
+        check_start(target.sites, params, theta)
         state = self._begin(key_begin, Start(self, static, arrays, target, theta))
         with effects.Shell(self.handlers, {}) as shell:
             for name, value in self._controls(state).items():
