@@ -61,7 +61,7 @@ def draw(result, published, log_likelihood, source, title, path):
     left.align_ylabels()
 
     ess_axes, log_likelihood_axes = right.subplots(2, sharex=True)
-    ess_axes.plot(iterations, result.diagnostics["smcopt/ess"], color="C1", linewidth=0.8)
+    ess_axes.plot(iterations, result.diagnostics["ess"], color="C1", linewidth=0.8)
     ess_axes.set(title="Effective sample size (share of the particles, smallest block)", ylim=(0.0, 1.05))
     running = -np.asarray(result.losses)
     log_likelihood_axes.plot(iterations, running, color="C2", linewidth=0.8)

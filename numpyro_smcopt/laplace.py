@@ -34,7 +34,8 @@ NEWTON_ITERATIONS = 100
 NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard deviations
 WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
-SMALLEST_EIGENVALUE = 0.02  # of the observed information, relative to the complete one
+SMALLEST_EIGENVALUE = 1e-6  # of the observed information, relative to the complete one
+DAMPING = 0.1
 GOOD_ENOUGH = 1e-2  # predicted decrease, in nats, at which the particles take over
 
 
@@ -200,15 +201,28 @@ def expand(
     shift = blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
     draws = mode.x + shift
     log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
-    gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks)
+    gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks, matched=True)
     return Expansion(mode, jnp.sum(half_log_det), gradient, information)
 
 
-def fixed_normals(num: int, width: int) -> np.ndarray:
-    """[num, width] antithetic standard normals, their second moments exactly one: the same in every run."""
-    half = np.random.default_rng(20).standard_normal((num // 2, width))
+def fixed_normals(num: int, blocks: Blocks) -> np.ndarray:
+    """[num, D] antithetic standard normals, the same in every run; within a block their second moments are exact.
+
+    Exact moments matter where most of the information on a parameter is missing (an intercept that is confounded with
+    its random effects): it is the small difference of two large numbers. Blocks too large for that get unit variances.
+    """
+    members = np.asarray(blocks.members)
+    num_coordinates = len(blocks.of_coordinate)
+    half = np.random.default_rng(20).standard_normal((num // 2, num_coordinates))
     draws = np.concatenate([half, -half])
-    return draws / np.sqrt(np.mean(draws**2, 0))
+    draws /= np.sqrt(np.mean(draws**2, 0))
+    if 1 < blocks.width <= num // 4:
+        inside = members < num_coordinates
+        padded = np.where(inside, draws[:, np.minimum(members, num_coordinates - 1)], 0.0)  # [num, B, M]
+        covariance = np.einsum("nbi,nbj->bij", padded, padded) / num + np.eye(blocks.width) * ~inside[:, None]
+        white = np.einsum("bij,nbj->nbi", np.linalg.inv(np.linalg.cholesky(covariance)), padded)
+        draws[:, members[inside]] = white[:, inside]
+    return draws
 
 
 class WarmStart(NamedTuple):
@@ -273,10 +287,11 @@ def _usable(expansion: Expansion) -> bool:
 def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
     # On the host and in double precision: a handful of small matrices is not worth a program.
     complete, missing = (np.asarray(v, float) for v in here.information[:2])
-    scale = 1 / np.sqrt(np.maximum(np.abs(np.diag(complete)), 1e-30))
-    values, vectors = np.linalg.eigh(complete * scale[:, None] * scale)
-    whiten = (vectors / np.sqrt(np.maximum(np.abs(values), 1e-3))) @ vectors.T * scale
-    values, vectors = np.linalg.eigh(np.eye(len(scale)) - whiten @ missing @ whiten.T)
-    step = -whiten.T @ (vectors @ ((vectors.T @ (whiten @ here.gradient)) / np.maximum(values, SMALLEST_EIGENVALUE)))
+    diagonal = np.maximum(np.abs(np.diag(complete)), 1e-30)
+    # What is missing on scales is only known up to noise: damp them.
+    scale = 1 / np.sqrt(diagonal)
+    observed = (complete - missing + np.diag(DAMPING * bounded * diagonal)) * scale[:, None] * scale
+    values, vectors = np.linalg.eigh(observed)
+    step = -scale * (vectors @ ((vectors.T @ (scale * here.gradient)) / np.maximum(np.abs(values), SMALLEST_EIGENVALUE)))
     longest = np.max(np.abs(step[bounded]), initial=0.0)
     return step * min(1.0, LONGEST_STEP / max(longest, 1e-30))

@@ -38,7 +38,13 @@ class Information(NamedTuple):
 
 
 def louis_information(
-    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, log_weights: Array, blocks: Blocks
+    terms_fn: Callable[[Array, Array], Array],
+    theta: Array,
+    x: Array,
+    log_weights: Array,
+    blocks: Blocks,
+    *,
+    matched: bool = False,
 ) -> tuple[Array, Information]:
     """Expected gradient [P] of the energy, and complete and missing information, at ``theta``.
 
@@ -48,6 +54,8 @@ def louis_information(
         x: [N, D] particles.
         log_weights: [N, B] their normalised log weights.
         blocks: The partition.
+        matched: Whether the particles have exactly the right second moments, so that their covariances need no
+            small-sample factor.
     """
     num_particles, num_terms = x.shape[0], blocks.of_term.shape[0]
     weights = jnp.exp(log_weights)
@@ -65,7 +73,7 @@ def louis_information(
     directions = jnp.eye(theta.shape[0], dtype=theta.dtype)
     mapped = jax.vmap(along) if batch == len(directions) else partial(lax.map, along, batch_size=batch)
     gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
-    factor = jax.vmap(small_sample_factor, in_axes=1)(log_weights)
+    factor = 1.0 if matched else jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
     centred = (centred - jnp.sum(weights * centred, 1, keepdims=True)) * jnp.sqrt(weights * factor)
     flat = centred.reshape(theta.shape[0], -1)

@@ -48,6 +48,7 @@ LARGEST_INFORMATION = 500  # coordinates of theta up to which the natural step i
 LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
 INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
 INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
+WARM_DRAWS = 64
 BURN_IN = 100
 FINAL_MOVES = 10
 GUARDS = 4
@@ -233,7 +234,7 @@ class SMCOptimizer(ParticleAlgorithm):
         flat, unravel = jax.flatten_util.ravel_pytree(theta)
         if not laplace.affordable(blocks) or flat.size > LARGEST_INFORMATION:
             return None
-        normals = jnp.asarray(laplace.fixed_normals(max(2, min(num_particles, 64)), x.shape[0]), flat.dtype)
+        normals = jnp.asarray(laplace.fixed_normals(WARM_DRAWS, blocks), flat.dtype)
 
         def expand(target: Target, flat: Array, x: Array, normals: Array, blocks: Blocks) -> laplace.Expansion:
             return laplace.expand(lambda t, x: target.terms(unravel(t), x), flat, x, normals, blocks)
