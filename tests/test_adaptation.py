@@ -1,0 +1,37 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that adapt step sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from numpyro_smcopt.adaptation import LARGEST_SIZE, SMALLEST_SIZE, adapt_size
+
+
+def test_without_a_target_the_size_stays():
+    size = jnp.array([0.3, 2.0])
+    np.testing.assert_array_equal(adapt_size(size, jnp.array([0.0, 1.0]), None, 0), size)
+
+
+def test_size_finds_the_target_per_block_from_any_unit():
+    """Noisy acceptances ``exp(-size / unit)``: the right sizes are ``-log(0.6) unit``."""
+    unit = jnp.array([1e-3, 1.0, 100.0])
+
+    def step(size, k):
+        observed = jnp.exp(-size / unit) + 0.05 * random.normal(random.fold_in(random.key(0), k), (3,))
+        size = adapt_size(size, observed, 0.6, k)
+        return size, size
+
+    sizes = np.asarray(jax.lax.scan(step, jnp.full(3, 0.5), jnp.arange(800))[1])
+    # At a rate of 0.03 the noise of log size has standard deviation about 0.05 * sqrt(0.03 / (2 * 0.3)) = 0.01.
+    np.testing.assert_allclose(sizes[400:].mean(0), -np.log(0.6) * unit, rtol=0.02)
+    np.testing.assert_allclose(sizes[-1], -np.log(0.6) * unit, rtol=0.06)
+
+
+def test_size_stays_within_bounds():
+    size = jnp.array([2e-6, 900.0])
+    for _ in range(20):
+        size = adapt_size(size, jnp.array([0.0, 1.0]), 0.5, 0)
+    np.testing.assert_allclose(size, [SMALLEST_SIZE, LARGEST_SIZE], rtol=1e-6)
