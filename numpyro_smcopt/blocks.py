@@ -7,9 +7,9 @@ of that graph. Given ``theta`` the target factorises, ``pi_theta(x) = prod_b pi_
 accept-reject and step sizes may act on each block by itself, and log evidence is a sum over blocks.
 
 The blocks are *found*, not declared: coordinates are disturbed and the terms that react are recorded. One kind of
-disturbance is not enough (a NaN can be swallowed, a derivative can vanish by symmetry), so several are tried and their
-union is taken. A wrong block would bias the answer silently; `dependence_violated` is the check of a whole partition
-with one directional derivative, run whenever data may have changed.
+disturbance is not enough (a NaN can be swallowed, a derivative can vanish by symmetry, a threshold can be far away), so
+several are tried and their union is taken. A wrong block would bias the answer silently; `dependence_violated` checks a
+whole partition with a few directional derivatives, whenever data have changed.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,10 @@ from jax import random
 
 from numpyro_smcopt.types import Array
 
-PROBE_ROWS = 96  # disturbances per compiled call
-FULL_SEARCH_LIMIT = 3e8  # D * K up to which every coordinate is disturbed by itself
+PROBE_MASKS = 32  # sets of coordinates that are disturbed per compiled call
+KINDS = 7  # of disturbance, each of which takes one row of a call
+FAR = 1e4  # beyond the thresholds that a model compares its latents with
+SEARCH_LIMIT = 3e8  # disturbances times K that a search may take
 TABLE_WIDTH_LIMIT = 24  # terms per block up to which sums are unrolled gathers (several times faster than scatters)
 
 
@@ -134,22 +136,21 @@ def find_blocks(probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.nd
         probe: Evaluates the energy terms and their directional derivatives for a batch of points.
         points: [2, D] two generic points with finite energy, for instance draws from the prior.
         num_terms: K.
-        units: [D] a guess of which coordinates belong together (from plates); used, and verified, only when
-            disturbing every coordinate by itself would be too expensive.
+        units: [D] a guess of which coordinates belong together (from plates). If it is right, a few disturbances of
+            many units at once verify it and find the blocks; if not, every coordinate is disturbed by itself.
 
     Returns:
-        The partition. One block if no finer one can be established.
+        The finest partition that can be afforded. One block if none can be established.
     """
-    num = points.shape[-1]
+    num, arguments = points.shape[-1], (probe, points, num_terms, units)
     if num == 0:
-        return one_block(probe, points, num_terms, units)
+        return one_block(*arguments)
     react = _Prober(probe, points)
-    if num * num_terms <= FULL_SEARCH_LIMIT:
-        return _from_edges(*_all_edges(react, num), num, num_terms)
     of_term = _decode_units(react, units, num_terms)
-    if of_term is None:
-        return one_block(probe, points, num_terms, units)
-    return _blocks(units, of_term, int(units.max()) + 1)
+    found = None if of_term is None else _search(react, units, of_term)
+    if found is None:
+        found = _search(react, np.zeros(num, int), np.zeros(num_terms, int))
+    return one_block(*arguments) if found is None else found
 
 
 class _Prober:
@@ -157,10 +158,12 @@ class _Prober:
 
     def __init__(self, probe: ProbeFn, points: np.ndarray) -> None:
         num = points.shape[-1]
-        self.size = max(1, min(PROBE_ROWS // 3, num))
+        self.size = max(1, min(PROBE_MASKS, num))
         self._probe, self._points = probe, np.asarray(points)
-        self._push = np.random.default_rng(0).uniform(1.0, 2.0, num).astype(self._points.dtype)
-        rows = np.repeat(self._points, [3 * self.size - 1, 1], axis=0)
+        rng = np.random.default_rng(0)
+        self._push = np.asarray(rng.uniform(1.0, 2.0, num), self._points.dtype)
+        self._away = FAR * np.asarray(rng.choice([-1, 1], num) * self._push, self._points.dtype)
+        rows = np.repeat(self._points, [KINDS * self.size - 1, 1], axis=0)
         values, _ = self._evaluate(rows, np.zeros_like(rows))
         self._base = values[[0, -1]]
 
@@ -175,14 +178,24 @@ class _Prober:
 
     def _react(self, masks: np.ndarray) -> np.ndarray:
         first, second = self._points
-        push = masks * self._push
-        rows = np.concatenate([first + push, second - 1.3 * push, np.where(masks, np.nan, first)])
-        values, slopes = self._evaluate(rows, np.tile(push, (3, 1)))
-        values = values.reshape(3, len(masks), -1)
-        slopes = slopes.reshape(3, len(masks), -1)[:2]
+        push, everywhere = masks * self._push, np.ones_like(masks)
+        # Near by, twice; beyond all thresholds, up and down; NaN; and where all other latents are beyond thresholds.
+        rows = [
+            first + push,
+            second - 1.3 * push,
+            first + FAR * push,
+            first - FAR * push,
+            np.where(masks, np.nan, first),
+            first + everywhere * self._away,
+            first - everywhere * self._away,
+        ]
+        values, slopes = self._evaluate(np.concatenate(rows), np.tile(push, (KINDS, 1)))
+        values = values.reshape(KINDS, len(masks), -1)
+        slopes = slopes.reshape(KINDS, len(masks), -1)
         # A structural zero of the derivative is exact; values of one batch may differ by rounding.
-        moved = np.any(slopes != 0, 0) | _far(values[0], self._base[0]) | _far(values[1], self._base[1])
-        return moved | (~np.isfinite(values[2]) & np.isfinite(self._base[0]))
+        moved = np.any(slopes[:2] != 0, 0) | np.any((slopes[5:] != 0) & np.isfinite(slopes[5:]), 0)
+        moved |= _far(values[1], self._base[1])
+        return moved | np.any([_far(values[k], self._base[0]) for k in (0, 2, 3, 4)], 0)
 
     def _evaluate(self, rows: np.ndarray, tangents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         values, slopes = self._probe(jnp.asarray(rows), jnp.asarray(tangents, rows.dtype))
@@ -194,15 +207,32 @@ def _far(values: np.ndarray, base: np.ndarray) -> np.ndarray:
         return ~(np.abs(values - base) <= 1e-3 * (1 + np.abs(base))) & np.isfinite(base)
 
 
-def _all_edges(react: _Prober, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Disturb one coordinate at a time: all pairs (coordinate, term) that depend on one another."""
+def _search(react: _Prober, units: np.ndarray, of_term: np.ndarray) -> Blocks | None:
+    """The blocks within independent units, found by disturbing one coordinate of every unit at a time.
+
+    Args:
+        react: See `_Prober`.
+        units: [D] unit of each coordinate.
+        of_term: [K] the only unit that a term may depend on; one more than the last for terms that depend on none.
+
+    Returns:
+        The blocks; the units themselves if a search is too expensive; None if a term depends on something else.
+    """
+    num, num_terms, num_units = len(units), len(of_term), int(units.max()) + 1
+    members = _table(units, num_units, num)  # [units, M]
+    if members.shape[1] * num_terms > SEARCH_LIMIT:
+        return _blocks(units, of_term, num_units)
+    members = np.concatenate([members, np.full((1, members.shape[1]), num)])
     coordinates, terms = [], []
-    for start in range(0, num, react.size):
-        index = np.arange(start, min(start + react.size, num))
-        rows, columns = np.nonzero(react(index[:, None] == np.arange(num)))
-        coordinates.append(index[rows])
+    for start in range(0, members.shape[1], react.size):
+        chosen = members[:, start : start + react.size]
+        masks = np.zeros((chosen.shape[1], num + 1), bool)
+        masks[np.arange(chosen.shape[1]), chosen] = True
+        rows, columns = np.nonzero(react(masks[:, :num]))
+        coordinates.append(chosen[of_term[columns], rows])
         terms.append(columns)
-    return np.concatenate(coordinates), np.concatenate(terms)
+    edges = np.concatenate(coordinates), np.concatenate(terms)
+    return None if np.any(edges[0] == num) else _from_edges(*edges, num, num_terms)
 
 
 def _from_edges(coordinates: np.ndarray, terms: np.ndarray, num: int, num_terms: int) -> Blocks:
@@ -268,22 +298,27 @@ def _table(owner: np.ndarray, num: int, fill: int) -> np.ndarray:
 def dependence_violated(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks, rng_key: Array) -> Array:
     """Whether some term depends on a latent outside its block.
 
-    One directional derivative along a random half of the blocks: the terms of the other half must not feel it.
+    Along a direction that moves some of the blocks, the terms of the others must have no derivative.
 
     Args:
         terms_fn: ``x [D] -> [K]`` at the current ``theta`` and data.
         x: [D] one particle.
         blocks: The partition that is to be checked.
-        rng_key: Which half.
+        rng_key: How far every coordinate moves.
 
     Returns:
-        [] bool. A violated term goes unnoticed with probability one half per call.
+        [] bool. The blocks are told apart by the bits of their numbers: of two blocks, one moves while the other stands
+        still in some direction, so a wrong dependence is noticed wherever its derivative does not vanish.
     """
     if blocks.num_blocks == 1:
         return jnp.array(False)
-    key_half, key_size = random.split(rng_key)
-    half = random.bernoulli(key_half, 0.5, (blocks.num_blocks,))
-    size = random.uniform(key_size, x.shape, x.dtype, 0.5, 1.5)
-    direction = jnp.where(blocks.to_coordinates(half), size, 0.0)
-    _, slope = jax.jvp(terms_fn, (x,), (direction,))
-    return jnp.any((slope != 0) & jnp.isfinite(slope) & ~blocks.to_terms(half, False))
+    numbers, bits = jnp.arange(blocks.num_blocks), jnp.arange((blocks.num_blocks - 1).bit_length())
+    ones = ((numbers >> bits[:, None]) & 1).astype(bool)
+    size = random.uniform(rng_key, x.shape, x.dtype, 0.5, 1.5)
+    _, slope_along = jax.linearize(terms_fn, x)
+
+    def violated(moving: Array) -> Array:
+        slope = slope_along(jnp.where(blocks.to_coordinates(moving), size, 0.0))
+        return jnp.any((slope != 0) & jnp.isfinite(slope) & ~blocks.to_terms(moving, jnp.asarray(False)))
+
+    return jnp.any(jax.lax.map(violated, jnp.concatenate([ones, ~ones])))

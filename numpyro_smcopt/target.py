@@ -69,7 +69,8 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
         TypeError: If an argument is neither an array nor hashable.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays, static = [], []
+    arrays: list[Array] = []
+    static: list[Any] = []
     for k, leaf in enumerate(leaves):
         if isinstance(leaf, np.generic | np.ndarray) and np.ndim(leaf) == 0 and leaf.dtype.kind in "biu":
             leaf = leaf.item()
