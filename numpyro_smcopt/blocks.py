@@ -82,7 +82,7 @@ class Blocks(NamedTuple):
 
     def gather(self, values: Array, fill: float) -> Array:
         """[..., D] to [..., B, M]: the coordinates of each block side by side, padded with ``fill``."""
-        if self.width == 1:
+        if self.members.size == self.of_coordinate.size:  # nothing is padded
             return values[..., self.members]
         return _take_padded(values, self.members, fill)
 

@@ -11,6 +11,7 @@ This is the only file of the package that traces models. A model is always run b
 its own: its sites neither leak into a user's handlers nor can they be altered by them.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -266,7 +267,8 @@ class Target:
             ValueError: If one of them has another shape than the model's own.
         """
         model = _drawable(self.model, set())
-        trace = _trace(model, self.args, self.kwargs, rng_key)
+        # Bad starting values are refused by `check_start`, which knows the site.
+        trace = _trace(model, self.args, self.kwargs, rng_key, validate=False)
         if init_params:
             for name, given in init_params.items():
                 expected, got = (jax.tree.map(jnp.shape, value) for value in (trace[name]["value"], given))
@@ -276,7 +278,7 @@ class Target:
                         "constrained value of that shape."
                     )
             model = handlers.substitute(model, data=init_params)
-            trace = _trace(model, self.args, self.kwargs, rng_key)
+            trace = _trace(model, self.args, self.kwargs, rng_key, validate=False)
         values = {name: jax.tree.map(_floating, trace[name]["value"]) for name in self.sites.params}
         theta = {name: _tree_map_constraint(trace[name], lambda t, v: t.inv(v), values[name]) for name in values}
         return jax.tree.map(strong, (values, theta))
@@ -322,7 +324,7 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
     def probe(rng_key: Array) -> None:
         found["trace"] = {
             name: {k: v for k, v in site.items() if k != "intermediates"} | _describe(site)
-            for name, site in _trace(_drawable(model, improper), args, kwargs, rng_key).items()
+            for name, site in _trace(_drawable(model, improper), args, kwargs, rng_key, validate=False).items()
         }
 
     try:
@@ -362,7 +364,7 @@ def _read_terms(target: Target, trace: dict) -> tuple[tuple[str, int, bool], ...
         latents = target.unravel(x)
         _, theta = target.initial_params(rng_key, {})
         model = handlers.substitute(target.model, substitute_fn=_substitution(theta, latents))
-        for name, site in _trace(model, target.args, target.kwargs, rng_key).items():
+        for name, site in _trace(model, target.args, target.kwargs, rng_key, validate=False).items():
             if site["type"] == "sample":
                 if site["is_observed"] and name in trace:
                     _check_observed_shape(name, site)
@@ -570,8 +572,10 @@ class latents_to_params(Messenger):  # noqa: N801 - a handler, named as NumPyro 
 
 
 # -- small print ---------------------------------------------------------------------------------------------------
-def _trace(model: Model, args: tuple, kwargs: dict, rng_key: Array) -> dict:
-    with handlers.block(), handlers.seed(rng_seed=rng_key):
+def _trace(model: Model, args: tuple, kwargs: dict, rng_key: Array, validate: bool | None = None) -> dict:
+    """Run the model, hidden from a user's handlers; by default distributions check what NumPyro is set to check."""
+    quiet = contextlib.nullcontext() if validate is None else numpyro.validation_enabled(validate)
+    with quiet, handlers.block(), handlers.seed(rng_seed=rng_key):
         return handlers.trace(model).get_trace(*args, **kwargs)
 
 

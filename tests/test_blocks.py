@@ -232,6 +232,7 @@ def test_no_latents_are_one_empty_block():
     assert blocks.num_blocks == 1 and blocks.of_coordinate.shape == (0,)
     np.testing.assert_array_equal(blocks.sum_terms(jnp.ones((2, 5))), [[5.0], [5.0]])
     np.testing.assert_array_equal(blocks.sum_coordinates(jnp.ones((2, 0))), [[0.0], [0.0]])
+    np.testing.assert_array_equal(blocks.scatter(blocks.gather(jnp.ones((2, 0)), 0.0)), np.ones((2, 0)))
 
 
 def test_one_block_holds_everything():

@@ -40,11 +40,18 @@ from numpyro_smcopt.target import Target
 from numpyro_smcopt.theta_step import NaturalState, NaturalStep, Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
 from numpyro_smcopt.uncertainty import Information, louis_information
-from numpyro_smcopt.weights import effective_sample_size, incremental_log_weight, reweight, uniform_log_weights
+from numpyro_smcopt.weights import (
+    Reweighted,
+    effective_sample_size,
+    incremental_log_weight,
+    reweight,
+    uniform_log_weights,
+)
 
 WORK_PER_EVALUATION = 1_500_000  # array elements that the default number of particles aims at
 FEWEST_PARTICLES, MOST_PARTICLES = 32, 128
 LARGEST_INFORMATION = 500  # coordinates of theta up to which the natural step is affordable
+SHORTER = 0.25  # of a refused step is tried next
 LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
 INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
 INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
@@ -162,9 +169,7 @@ class SMCOptimizer(ParticleAlgorithm):
         if not 0.0 <= ess_threshold <= 1.0:
             raise ValueError(f"ess_threshold is a fraction of the particles within [0, 1], got {ess_threshold!r}.")
         if kernel is not None and not isinstance(kernel, InvariantKernel | WeightedKernel):
-            raise TypeError(
-                f"kernel must be an object from numpyro_smcopt.kernels such as MALA(), got {kernel!r}."
-            )
+            raise TypeError(f"kernel must be an object from numpyro_smcopt.kernels such as MALA(), got {kernel!r}.")
         if objective is not None and not isinstance(objective, Objective):
             raise TypeError(f"objective must be an object from numpyro_smcopt.objectives, got {objective!r}.")
         self.optim = None if optim is None else as_theta_step(optim)
@@ -203,10 +208,14 @@ class SMCOptimizer(ParticleAlgorithm):
         """[2, D] points with finite energy that are special in no way."""
         size = start.target.sites.num_latents
         points = np.random.default_rng(1).uniform(-1, 1, (2, size)).astype(jnp.result_type(float))
-        if size == 0 or np.all(np.isfinite(probe(jnp.asarray(points), jnp.zeros_like(points))[0])):
+        if np.all(np.isfinite(probe(jnp.asarray(points), jnp.zeros_like(points))[0])):
             return points
-        drawn = np.asarray(start.call(("draw", True), self._draw(32, start.target.sites.can_draw_prior), rng_key, start.theta))
-        energies = [np.asarray(probe(jnp.asarray(drawn[k : k + 2]), jnp.zeros_like(points))[0]) for k in range(0, 32, 2)]
+        drawn = np.asarray(
+            start.call(("draw", True), self._draw(32, start.target.sites.can_draw_prior), rng_key, start.theta)
+        )
+        energies = [
+            np.asarray(probe(jnp.asarray(drawn[k : k + 2]), jnp.zeros_like(points))[0]) for k in range(0, 32, 2)
+        ]
         finite = np.isfinite(np.concatenate(energies))
         _refuse_hopeless(start.target, finite)
         best = np.argsort(-finite.sum(1), kind="stable")[:2]
@@ -292,9 +301,9 @@ class SMCOptimizer(ParticleAlgorithm):
                 mutable_state={},
                 rng_key=key_state,
             )
-            one = jnp.ones((), x.dtype)
+            fresh = reweight(state.log_weights, jnp.zeros_like(state.log_weights))
             return state._replace(
-                diagnostics=_diagnostics(state, one, one, jnp.mean(tempered.acceptance), one * 0, zero, zero)
+                diagnostics=_diagnostics(state, fresh, tempered.acceptance, jnp.zeros_like(flat), zero)
             )
 
         return cloud
@@ -347,34 +356,20 @@ class SMCOptimizer(ParticleAlgorithm):
         }
 
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
+        num_particles, num_blocks = state.log_weights.shape
         blocks, step = state.blocks, state.step._replace(size=controls["step_size"])
-        num_particles = state.log_weights.shape[0]
-        every_key = random.split(state.rng_key, 1 + num_particles + blocks.num_blocks)  # one call compiles to less
-        key_next, keys, block_keys = every_key[0], every_key[1 : 1 + num_particles], every_key[1 + num_particles :]
-        terms_fn, flat, unravel = flat_terms(target, state.theta)
-        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
-        theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks))
+        every_key = random.split(state.rng_key, 1 + num_particles + num_blocks)  # one call compiles to less
+        particle_keys, block_keys = every_key[1 : 1 + num_particles], every_key[1 + num_particles :]
+        _, flat, unravel = flat_terms(target, state.theta)
+        theta_step = self._theta_step(flat, (num_particles, num_blocks))
 
         # Theta
-        proposed, theta_state, gradient = state.pending, state.theta_state, jnp.zeros_like(flat)
-        if self._gradient_first:
-            gradient = self._gradient(target, state)
-            around = self._surroundings(target, state, state.points.x, state.log_weights, flat, gradient)
-            proposed, theta_state = theta_step.update(theta_state, flat, around)
+        gradient, proposed, theta_state = self._propose(target, state, theta_step)
 
-        # Move and weigh, or weigh where the particles are
-        scores = state.points.score is not None
-        new = Potential(self._evaluate(target, unravel(proposed), scores), blocks)
-        if isinstance(self.kernel, WeightedKernel):
-            points, log_ratio = jax.vmap(lambda key, p: self.kernel.move(key, p, new, step))(keys, state.points)
-        elif self._gradient_first:
-            points, log_ratio = jax.vmap(new.evaluate)(state.points.x), 0.0
-        else:
-            terms, backward = jax.vjp(all_terms, proposed, state.points.x)
-            points, log_ratio = Point(state.points.x, terms, backward(jnp.ones_like(terms))[1]), 0.0
+        # Move and weigh (weighted kernels), or weigh where the particles are (invariant kernels)
+        points, log_ratio, backward = self._weigh(target, state, proposed, particle_keys, step)
         change = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms, log_ratio)
         weighed = reweight(state.log_weights, change)
-        ess = weighed.ess / num_particles
         free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
 
         # Refuse a step that leaves a block without weight, or theta not finite
@@ -384,28 +379,28 @@ class SMCOptimizer(ParticleAlgorithm):
         here, log_weights = keep(proposed, flat), keep(weighed.log_weights, state.log_weights)
         gained = jnp.where(sound, jnp.sum(weighed.log_mean) + free, 0.0)
 
-        # Next theta, from the weighted particles before they are resampled
-        pending = flat + 0.25 * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
+        # Next theta, from the weighted particles before they are resampled and moved
+        pending = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
         if not self._gradient_first:
             cloud = Cloud(points.x, points.terms, log_weights, blocks)
-            coefficients = term_coefficients(self.objective, cloud)
-            gradient = jnp.where(sound, backward(jnp.where(coefficients > 0, coefficients, 0.0))[0], 0.0)
+            gradient = jnp.where(sound, backward(term_coefficients(self.objective, cloud)), 0.0)
             around = self._surroundings(target, state, points.x, log_weights, here, gradient)
             following, next_state = theta_step.update(theta_state, here, around)
             pending, theta_state = keep(following, pending), keep(next_state, theta_state)
 
         # Resample
-        points, log_weights, resampled = self._resample(block_keys, points, log_weights, blocks, controls)
+        points, log_weights, num_resampled = self._resample(block_keys, points, log_weights, blocks, controls)
 
-        # Move
+        # Move (invariant kernels)
+        observed = acceptance = weighed.ess / num_particles
         if isinstance(self.kernel, InvariantKernel):
-            potential = Potential(self._evaluate(target, unravel(here), scores), blocks)
-            points, acceptance = jax.vmap(lambda key, p: self.kernel.move(key, p, potential, step))(keys, points)
-            acceptance = jnp.sum(jnp.exp(log_weights) * acceptance, 0)
-            size = adapt_size(step.size, acceptance, self.kernel.target, state.num_updates)
-        else:
-            acceptance = jnp.ones_like(ess)
-            size = adapt_size(step.size, ess, self.kernel.target, state.num_updates)
+            evaluate = self._evaluate(target, unravel(here), state.points.score is not None)
+            move = lambda key, p: self.kernel.move(key, p, Potential(evaluate, blocks), step)  # noqa: E731
+            points, accepted = jax.vmap(move)(particle_keys, points)
+            observed = acceptance = jnp.sum(jnp.exp(log_weights) * accepted, 0)
+
+        # Adapt
+        size = adapt_size(step.size, observed, self.kernel.target, state.num_updates)
         preconditioner = self.kernel.preconditioning.adapt(step.preconditioner, points.x, log_weights, blocks)
 
         state = state._replace(
@@ -419,12 +414,36 @@ class SMCOptimizer(ParticleAlgorithm):
             pending=pending,
             num_updates=state.num_updates + 1,
             num_collapsed=state.num_collapsed + (~sound).astype(jnp.int32),
-            rng_key=key_next,
+            rng_key=every_key[0],
         )
-        grad_norm, lost = jnp.linalg.norm(gradient), weighed.num_nonfinite
-        return state._replace(
-            diagnostics=_diagnostics(state, jnp.min(ess), jnp.mean(ess), jnp.mean(acceptance), grad_norm, lost, resampled)
-        )
+        acceptance = acceptance if isinstance(self.kernel, InvariantKernel) else jnp.ones_like(acceptance)
+        return state._replace(diagnostics=_diagnostics(state, weighed, acceptance, gradient, num_resampled))
+
+    def _propose(self, target: Target, state: SMCState, theta_step: ThetaStep) -> tuple[Array, Array, Any]:
+        """Gradient, theta' and the state of the theta step, if the gradient comes first; else what was decided."""
+        _, flat, _ = flat_terms(target, state.theta)
+        if not self._gradient_first:
+            return jnp.zeros_like(flat), state.pending, state.theta_state
+        gradient = self._gradient(target, state)
+        around = self._surroundings(target, state, state.points.x, state.log_weights, flat, gradient)
+        return gradient, *theta_step.update(state.theta_state, flat, around)
+
+    def _weigh(
+        self, target: Target, state: SMCState, proposed: Array, keys: Array, step: Step
+    ) -> tuple[Point, Array | float, Callable[[Array], Array]]:
+        """Particles evaluated at theta', log kernel ratios, and coefficients of terms [N, K] -> gradient in theta."""
+        terms_fn, _, unravel = flat_terms(target, state.theta)
+        new = self._evaluate(target, unravel(proposed), state.points.score is not None)
+        if isinstance(self.kernel, WeightedKernel):
+            move = lambda key, p: self.kernel.move(key, p, Potential(new, state.blocks), step)  # noqa: E731
+            return *jax.vmap(move)(keys, state.points), _no_gradient
+        if self._gradient_first:
+            return jax.vmap(new)(state.points.x), 0.0, _no_gradient
+        # One forward pass serves the weights and both gradients.
+        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
+        terms, vjp = jax.vjp(all_terms, proposed, state.points.x)
+        points = Point(state.points.x, terms, vjp(jnp.ones_like(terms))[1])
+        return points, 0.0, lambda coefficients: vjp(coefficients)[0]
 
     @property
     def _gradient_first(self) -> bool:
@@ -468,9 +487,8 @@ class SMCOptimizer(ParticleAlgorithm):
         low = effective_sample_size(log_weights) < threshold * log_weights.shape[0]
 
         def draw(log_weights: Array) -> Resampled:
-            drawn = jax.vmap(
-                lambda k, w: self.resample(k, w, threshold), in_axes=(0, 1), out_axes=Resampled(1, 1, 0)
-            )(keys, log_weights)
+            one = lambda k, w: tuple(self.resample(k, w, threshold))  # noqa: E731
+            drawn = Resampled(*jax.vmap(one, in_axes=(0, 1), out_axes=(1, 1, 0))(keys, log_weights))
             still_dead = ~jnp.isfinite(drawn.log_weights)
             return drawn._replace(ancestors=jnp.where(still_dead, jnp.argmax(log_weights, 0), drawn.ancestors))
 
@@ -561,7 +579,9 @@ class SMCOptimizer(ParticleAlgorithm):
 
 
 def _num_for_information(num_particles: int, num_blocks: int) -> int:
-    return int(np.clip(2 ** math.ceil(math.log2(INFORMATION_DRAWS / num_blocks)), min(16, num_particles), num_particles))
+    return int(
+        np.clip(2 ** math.ceil(math.log2(INFORMATION_DRAWS / num_blocks)), min(16, num_particles), num_particles)
+    )
 
 
 def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:
@@ -597,17 +617,22 @@ def _log_evidence(state: SMCState) -> Array:
     return state.log_evidence_start + state.log_evidence_change
 
 
+def _no_gradient(coefficients: Array) -> Array:
+    raise NotImplementedError("the gradient of this order comes first")
+
+
 def _diagnostics(
-    state: SMCState, ess: Array, mean_ess: Array, acceptance: Array, grad_norm: Array, lost: Array, resampled: Array
+    state: SMCState, weighed: Reweighted, acceptance: Array, gradient: Array, num_resampled: Array
 ) -> dict[str, Array]:
     """Scalars of an update; ESS as fractions of the particles, the smallest block and the mean over blocks."""
+    ess = weighed.ess / state.log_weights.shape[0]
     return {
         "loss": -_log_evidence(state),
         "log_evidence": _log_evidence(state),
-        "ess": ess,
-        "mean_ess": mean_ess,
-        "acceptance_rate": acceptance,
-        "grad_norm": grad_norm,
-        "num_nonfinite": jnp.asarray(lost, jnp.int32),
-        "num_resampled": jnp.asarray(resampled, jnp.int32),
+        "ess": jnp.min(ess),
+        "mean_ess": jnp.mean(ess),
+        "acceptance_rate": jnp.mean(acceptance),
+        "grad_norm": jnp.linalg.norm(gradient),
+        "num_nonfinite": weighed.num_nonfinite,
+        "num_resampled": jnp.asarray(num_resampled, jnp.int32),
     }
