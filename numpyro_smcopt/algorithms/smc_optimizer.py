@@ -570,7 +570,9 @@ class SMCOptimizer(ParticleAlgorithm):
                 f"The particles hardly move: acceptance {acceptance:.3f}. Use a smaller step size or an adapted one "
                 "(the kernel's `target`)."
             )
-        if isinstance(state.theta_state, NaturalState) and int(state.theta_state.reversals) < min(10, num / 10):
+        grad_norm = diagnostics["grad_norm"]  # without noise it vanishes at the maximum, and nothing reverses
+        moving = int(getattr(state.theta_state, "reversals", num)) < min(10, num / 10)
+        if isinstance(state.theta_state, NaturalState) and moving and grad_norm[-1] > 1e-3 * np.max(grad_norm):
             warn(
                 "theta was still moving in one direction at the end of the run. Go on with more steps: "
                 "run(..., init_state=result.state)."
