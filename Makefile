@@ -8,11 +8,12 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test format clean
+.PHONY: help quickstart test bench format clean
 
 help:
 	@echo "make quickstart   install in $(VENV), fit the sleepstudy model, draw examples/output/sleepstudy.png"
 	@echo "make test         install in $(VENV), check style and types, run the tests"
+	@echo "make bench        time updates over the bare gradients of the same potential"
 	@echo "make format       rewrite the sources in the project's style"
 	@echo "make clean        remove $(VENV) and everything else that these targets made"
 
@@ -24,6 +25,9 @@ test: $(VENV)/.installed-test
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 	$(RUN) pytest -n 2
+
+bench: $(VENV)/.installed-quickstart
+	$(VENV)/bin/python benchmarks/updates.py
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix .

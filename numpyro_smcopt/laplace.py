@@ -35,8 +35,8 @@ NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard
 WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
 SMALLEST_EIGENVALUE = 1e-6  # of the observed information, relative to the complete one
-DAMPING = 0.1
-GOOD_ENOUGH = 1e-2  # predicted decrease, in nats, at which the particles take over
+DAMPING = 0.1, 0.02  # of scales: at first, and at least; relative to the complete information
+GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take over
 
 
 def affordable(blocks: Blocks) -> bool:
@@ -258,25 +258,26 @@ def warm_start(
     here = jax.device_get(expand_fn(theta, x))
     if not _usable(here):
         return None
-    theta = np.asarray(theta)
-    damping, converged, k = 1.0, False, 1
+    flat = np.asarray(theta)
+    (damping, least), fraction, converged, k = DAMPING, 1.0, False, 1
     while k < WARM_ITERATIONS:
-        step = damping * _direction(here, bounded)
+        step = fraction * _direction(here, bounded, damping)
         predicted = -float(step @ here.gradient)
-        if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * damping:
+        if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * fraction:
             converged = bool(np.isfinite(predicted))
             break
-        there = jax.device_get(expand_fn(jnp.asarray(theta + step, theta.dtype), jnp.asarray(here.mode.x)))
+        there = jax.device_get(expand_fn(jnp.asarray(flat + step, flat.dtype), jnp.asarray(here.mode.x)))
         k += 1
         # The terms are subtracted first: totals of a million observations would cancel.
         change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
         if _usable(there) and change < 0.0:
-            theta, here, damping = (theta + step).astype(theta.dtype), there, min(1.0, 2 * damping)
+            flat, here = (flat + step).astype(flat.dtype), there
+            fraction, damping = min(1.0, 2 * fraction), max(damping / 2, least)
         else:
-            damping /= 4
-            if damping < 1e-4:
+            fraction, damping = fraction / 4, DAMPING[0]
+            if fraction < 1e-4:
                 break
-    return WarmStart(jnp.asarray(theta), jnp.asarray(here.mode.x), k, converged)
+    return WarmStart(jnp.asarray(flat), jnp.asarray(here.mode.x), k, converged)
 
 
 def _usable(expansion: Expansion) -> bool:
@@ -284,14 +285,16 @@ def _usable(expansion: Expansion) -> bool:
     return bool(expansion.mode.step < 10 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
 
 
-def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
+def _direction(here: Expansion, bounded: np.ndarray, damping: float) -> np.ndarray:
     # On the host and in double precision: a handful of small matrices is not worth a program.
     complete, missing = (np.asarray(v, float) for v in here.information[:2])
     diagonal = np.maximum(np.abs(np.diag(complete)), 1e-30)
     # What is missing on scales is only known up to noise: damp them.
     scale = 1 / np.sqrt(diagonal)
-    observed = (complete - missing + np.diag(DAMPING * bounded * diagonal)) * scale[:, None] * scale
+    observed = (complete - missing + np.diag(damping * bounded * diagonal)) * scale[:, None] * scale
     values, vectors = np.linalg.eigh(observed)
-    step = -scale * (vectors @ ((vectors.T @ (scale * here.gradient)) / np.maximum(np.abs(values), SMALLEST_EIGENVALUE)))
+    step = -scale * (
+        vectors @ ((vectors.T @ (scale * here.gradient)) / np.maximum(np.abs(values), SMALLEST_EIGENVALUE))
+    )
     longest = np.max(np.abs(step[bounded]), initial=0.0)
     return step * min(1.0, LONGEST_STEP / max(longest, 1e-30))

@@ -151,7 +151,7 @@ def temper(
 def at_temperature(
     old: Preconditioner, curvature: Curvature | None, beta: Array, x: Array, blocks: Blocks
 ) -> Preconditioner:
-    """The preconditioner at inverse temperatures ``beta [B]``: Hessian factors, and scales from the cloud ``x [N, D]``."""
+    """The preconditioner at ``beta [B]``: Hessian factors, and scales from the cloud ``x [N, D]``."""
     if curvature is None:
         plain = Preconditioner(jnp.ones_like(old.scale))
     else:

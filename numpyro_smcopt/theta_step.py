@@ -118,7 +118,7 @@ class NaturalState(NamedTuple):
     """State of `NaturalStep`.
 
     Attributes:
-        count: [] updates so far.
+        num_updates: [] so far.
         reversals: [] how often a gradient disagreed with the step before it.
         information: Running complete and missing information.
         metric: [P, P] ``M^-1``.
@@ -126,7 +126,7 @@ class NaturalState(NamedTuple):
         average: [P] the running average of theta.
     """
 
-    count: Array
+    num_updates: Array
     reversals: Array
     information: Information
     metric: Array
@@ -180,7 +180,7 @@ class NaturalStep:
         theta = theta + step
         weight = 3.0 / (2.0 * reversals + 3.0)
         average = state.average + weight.astype(theta.dtype) * (theta - state.average)
-        return theta, NaturalState(state.count + 1, reversals, information, metric, direction, average)
+        return theta, NaturalState(state.num_updates + 1, reversals, information, metric, direction, average)
 
     def estimate(self, state: NaturalState, theta: Array) -> Array:
         """See `ThetaStep.estimate`."""
@@ -188,7 +188,7 @@ class NaturalStep:
         return state.average
 
     def _refresh(self, state: NaturalState, around: Surroundings) -> tuple[Information, Array]:
-        renewals = state.count // self.refresh_every
+        renewals = state.num_updates // self.refresh_every
         weight = jnp.maximum(1.0 / (renewals + 1), self.forgetting)
 
         def renew(_: None) -> tuple[Information, Array]:
@@ -198,7 +198,9 @@ class NaturalStep:
             information = jax.tree.map(mix, state.information, new)
             return information, inverse_metric(information, self.floor)
 
-        return lax.cond(state.count % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None)
+        return lax.cond(
+            state.num_updates % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None
+        )
 
 
 def inverse_metric(information: Information, floor: float) -> Array:

@@ -235,6 +235,7 @@ class ParticleAlgorithm(abc.ABC):
         num = state.log_weights.shape[0] if num_samples is None else num_samples
         if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
             raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}.")
+        num = int(num)
 
         def draw(target: Target, state: Any, key: Array) -> dict[str, Array]:
             x = _resample(key, state.points.x, state.log_weights, state.blocks, num)
@@ -387,7 +388,9 @@ def _energy_program(target: Target, theta: Theta) -> Any:
 def _elements(program: Any) -> int:
     total = 0
     for equation in program.eqns:
-        inner = [v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
+        inner = [
+            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
+        ]
         repeats = equation.params.get("length", 1)
         total += repeats * sum(_elements(getattr(v, "jaxpr", v)) for v in inner)
         total += sum(math.prod(v.aval.shape) for v in equation.outvars if not inner)

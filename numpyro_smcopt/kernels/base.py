@@ -19,6 +19,7 @@ import abc
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import random
 from jax.scipy.special import ndtr
@@ -167,5 +168,4 @@ def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks:
 
 
 def _where(accepted: Array, new: Point, old: Point) -> Point:
-    score = None if new.score is None else jnp.where(accepted, new.score, old.score)
-    return Point(*(jnp.where(accepted, a, b) for a, b in zip(new[:3], old[:3], strict=True)), score)
+    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)

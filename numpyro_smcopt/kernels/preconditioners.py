@@ -38,7 +38,9 @@ class Preconditioner(NamedTuple):
 
     def apply_transpose(self, gradient: Array, blocks: Blocks) -> Array:
         """``L^T g`` of ``g [D]``: a gradient in ``x`` becomes one in ``z``."""
-        return self.scale * _multiply(None if self.factor is None else jnp.swapaxes(self.factor, 1, 2), gradient, blocks)
+        return self.scale * _multiply(
+            None if self.factor is None else jnp.swapaxes(self.factor, 1, 2), gradient, blocks
+        )
 
     def unfactor(self, x: Array, blocks: Blocks) -> Array:
         """``F^-1 x`` of ``x [D]``: the coordinates whose spread is ``s``."""
@@ -84,7 +86,6 @@ class Preconditioning:
 
 def cloud_variance(preconditioner: Preconditioner, x: Array, log_weights: Array, blocks: Blocks) -> Array:
     """[D] weighted variance of the coordinates ``F^-1 x`` over the particles."""
-
     z = jax.vmap(lambda one: preconditioner.unfactor(one, blocks))(x)
     return jax.vmap(weighted_variance, in_axes=1)(blocks.to_coordinates(log_weights), z)
 
