@@ -184,6 +184,14 @@ def test_another_grouping_is_refused_by_update(loop):
         optimizer.update(state, OTHER_GROUP, Y)
 
 
+def test_another_grouping_in_a_jitted_loop_is_no_silent_matter(loop):
+    optimizer, state, jitted = loop
+    state, loss = jitted(state, OTHER_GROUP, Y)
+    assert np.isnan(loss)
+    with pytest.raises(ValueError, match="latents depend on one another in another way"):
+        optimizer.get_params(state)
+
+
 def test_evaluate_is_minus_the_log_evidence_of_the_data_given(loop):
     optimizer, state, _ = loop
     here = optimizer.evaluate(state, GROUP, Y)

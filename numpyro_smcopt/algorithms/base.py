@@ -126,7 +126,8 @@ class ParticleAlgorithm(abc.ABC):
             The new state and the loss.
 
         Raises:
-            ValueError: If the data do not fit the state (other shapes, or other dependences among the latents).
+            ValueError: If the data do not fit the state (other shapes, or other dependences among the latents). Below a
+                `jax.jit` of the user, where nothing can be raised, the loss is NaN and `get_params` raises.
         """
         arrays, static = self._bind(args, kwargs)
 
@@ -145,7 +146,7 @@ class ParticleAlgorithm(abc.ABC):
 
         state = self._announced(compiled, state)
         self._refuse_wrong_blocks(state)
-        return state, state.diagnostics["loss"]
+        return state, jnp.where(state.wrong_blocks, jnp.nan, state.diagnostics["loss"])
 
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """`update`, which already survives non-finite potentials and gradients; the name is SVI's."""
@@ -153,6 +154,7 @@ class ParticleAlgorithm(abc.ABC):
 
     def get_params(self, state: Any) -> Params:
         """The estimate in a state, on the constrained scale of the model."""
+        self._refuse_wrong_blocks(state)
         return state.params
 
     def run(
