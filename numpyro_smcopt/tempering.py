@@ -109,12 +109,13 @@ def temper(
             terms, vjp = jax.vjp(terms_fn, one)
             return Point(one, shares * terms, vjp(shares)[0])
 
-        step = step._replace(preconditioner=at_temperature(step.preconditioner, curvature, beta, points.x, blocks))
+        preconditioner = at_temperature(step.preconditioner, curvature, beta, blocks)
 
         def move(j: Array, carry: tuple) -> tuple:
             points, size, _ = carry
             keys = random.split(random.fold_in(key_move, j), num_particles)
-            now, potential = step._replace(size=size), Potential(evaluate, blocks)
+            # The spread is taken anew for every move: a cloud that starts in the wrong place says nothing of it.
+            now, potential = Step(size, rescaled(preconditioner, points.x, blocks)), Potential(evaluate, blocks)
             points = jax.vmap(evaluate)(points.x)
             points, acceptance = jax.vmap(lambda key, p: kernel.move(key, p, potential, now))(keys, points)
             acceptance = acceptance.mean(0)
@@ -124,7 +125,7 @@ def temper(
 
         num_moves = jnp.where(last, final_moves, moves)
         points, size, acceptance = lax.fori_loop(0, num_moves, move, (points, step.size, jnp.zeros_like(beta)))
-        step = step._replace(size=size)
+        step = Step(size, rescaled(preconditioner, points.x, blocks))
 
         # Weigh
         rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, points.terms / shares))
@@ -148,24 +149,25 @@ def temper(
     return Tempered(points, log_evidence, step, jnp.asarray(k), ~last, acceptance)
 
 
-def at_temperature(
-    old: Preconditioner, curvature: Curvature | None, beta: Array, x: Array, blocks: Blocks
-) -> Preconditioner:
-    """The preconditioner at ``beta [B]``: Hessian factors, and scales from the cloud ``x [N, D]``."""
+def at_temperature(old: Preconditioner, curvature: Curvature | None, beta: Array, blocks: Blocks) -> Preconditioner:
+    """The Hessian factors at inverse temperatures ``beta [B]``, with the scales of ``old``."""
     if curvature is None:
-        plain = Preconditioner(jnp.ones_like(old.scale))
-    else:
-        hessian = curvature.prior + beta[:, None, None] * curvature.rest
-        lower = jnp.linalg.cholesky(hessian)
-        eye = jnp.broadcast_to(jnp.eye(hessian.shape[-1], dtype=hessian.dtype), hessian.shape)
-        factor = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, trans=1)
-        # A block that is not convex at its mode is left to the scales.
-        convex = jnp.all(jnp.isfinite(factor), (1, 2))[:, None, None]
-        inverse = jnp.where(convex, jnp.swapaxes(lower, 1, 2), eye)
-        plain = Preconditioner(jnp.ones_like(old.scale), jnp.where(convex, factor, eye), inverse)
-    z = jax.vmap(lambda one: plain.unfactor(one, blocks))(x)
-    scale = jnp.std(z, 0)
-    return plain._replace(scale=jnp.where(jnp.isfinite(scale) & (scale > 1e-8), scale, old.scale))
+        return Preconditioner(old.scale)
+    hessian = curvature.prior + beta[:, None, None] * curvature.rest
+    lower = jnp.linalg.cholesky(hessian)
+    eye = jnp.broadcast_to(jnp.eye(hessian.shape[-1], dtype=hessian.dtype), hessian.shape)
+    factor = jax.scipy.linalg.solve_triangular(lower, eye, lower=True, trans=1)
+    # A block that is not convex at its mode is left to the scales.
+    convex = jnp.all(jnp.isfinite(factor), (1, 2))[:, None, None]
+    inverse = jnp.where(convex, jnp.swapaxes(lower, 1, 2), eye)
+    return Preconditioner(old.scale, jnp.where(convex, factor, eye), inverse)
+
+
+def rescaled(preconditioner: Preconditioner, x: Array, blocks: Blocks) -> Preconditioner:
+    """Scales from the spread of the cloud ``x [N, D]``; where it has none they stay."""
+    scale = jnp.std(jax.vmap(lambda one: preconditioner.unfactor(one, blocks))(x), 0)
+    usable = jnp.isfinite(scale) & (scale > 1e-8)
+    return preconditioner._replace(scale=jnp.where(usable, scale, preconditioner.scale))
 
 
 def identity_like(x: Array, curvature: Curvature | None) -> Preconditioner:

@@ -1,0 +1,157 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Laplace approximation: exact where the target is Gaussian."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clouds import compile_fast, partition
+
+from numpyro_smcopt import laplace
+
+# Blocks of unequal size: coordinates {0, 3}, {1} and {2, 4, 5}.
+GROUPS = [[0, 3], [1], [2, 4, 5]]
+
+
+def gaussian(seed=0):
+    rng = np.random.default_rng(seed)
+    precision = np.zeros((6, 6))
+    for group in GROUPS:
+        root = rng.normal(size=(len(group), len(group)))
+        precision[np.ix_(group, group)] = root @ root.T + 0.3 * np.eye(len(group))
+    center = 100 * rng.normal(size=6)
+
+    def terms(x):
+        away = x - jnp.asarray(center, x.dtype)
+        pieces = [away[jnp.array(g)] @ precision[np.ix_(g, g)].astype(x.dtype) @ away[jnp.array(g)] / 2 for g in GROUPS]
+        return jnp.stack([*pieces, jnp.asarray(1.5, x.dtype)])
+
+    return terms, precision, center
+
+
+def quartic(x):
+    a, b, c = x
+    return jnp.stack([jnp.cosh(a - 1.0), (a - c) ** 4 / 4 + 2 * a, c**2, jnp.exp(b) - 3 * b])
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["blocks", "joint"])
+def test_mode_and_hessian_of_a_gaussian_are_exact(joint):
+    terms, precision, center = gaussian()
+    with jax.enable_x64(True):
+        blocks = partition(terms, 6, joint)
+        assert blocks.members.shape == ((1, 6) if joint else (3, 3))
+        mode = compile_fast(lambda x: laplace.find_mode(terms, x, blocks))(jnp.zeros(6))
+        np.testing.assert_allclose(mode.x, center, atol=1e-8)
+        np.testing.assert_allclose(mode.terms, terms(jnp.asarray(center)), atol=1e-8)
+        assert mode.step < 1e-8
+        dense = np.zeros((6, 6))
+        members = np.asarray(blocks.members)
+        for block, group in zip(np.asarray(mode.hessian), members, strict=True):
+            inside = group < 6
+            np.testing.assert_array_equal(block[~inside], np.eye(len(group))[~inside])  # padding
+            dense[np.ix_(group[inside], group[inside])] = block[np.ix_(inside, inside)]
+        np.testing.assert_allclose(dense, precision, atol=1e-10)
+        factor, inverse, half_log_det = laplace.factors(mode.hessian)
+        np.testing.assert_allclose(
+            factor @ jnp.swapaxes(factor, 1, 2) @ mode.hessian,
+            np.broadcast_to(np.eye(members.shape[1]), mode.hessian.shape),
+            atol=1e-9,
+        )
+        np.testing.assert_allclose(
+            factor @ inverse, np.broadcast_to(np.eye(members.shape[1]), mode.hessian.shape), atol=1e-12
+        )
+        np.testing.assert_allclose(half_log_det.sum(), np.linalg.slogdet(precision)[1] / 2, rtol=1e-12)
+
+
+def test_hessian_blocks_are_those_of_jax_and_split_into_prior_and_rest():
+    with jax.enable_x64(True):
+        blocks = partition(quartic, 3)
+        x = jnp.array([0.4, 0.2, -0.7])
+        energy = lambda x: jnp.sum(quartic(x))  # noqa: E731
+        exact = np.asarray(jax.hessian(energy)(x))
+        found = laplace.hessian_blocks(jax.grad(energy), x, blocks)
+        np.testing.assert_allclose(found[0], exact[np.ix_([0, 2], [0, 2])], atol=1e-12)
+        np.testing.assert_allclose(found[1], [[exact[1, 1], 0], [0, 1]], atol=1e-12)
+        mask = np.array([True, False, True, False])
+        halves = laplace.curvature(quartic, x, jnp.asarray(mask), blocks)
+        prior = np.asarray(jax.hessian(lambda x: jnp.sum(quartic(x)[mask]))(x))
+        np.testing.assert_allclose(halves.prior[0], prior[np.ix_([0, 2], [0, 2])], atol=1e-12)
+        np.testing.assert_allclose(halves.prior[0] + halves.rest[0], found[0], atol=1e-12)
+        np.testing.assert_allclose(halves.prior[1] + 1.0 * halves.rest[1], found[1], atol=1e-12)
+        np.testing.assert_allclose(halves.prior[1, 1], [0, 1], atol=1e-12)
+
+
+def test_mode_of_a_target_that_is_not_quadratic_has_no_gradient():
+    with jax.enable_x64(True):
+        blocks = partition(quartic, 3)
+        mode = compile_fast(lambda x: laplace.find_mode(quartic, x, blocks))(jnp.array([12.0, -20.0, -9.0]))
+        gradient = blocks.gather(jax.grad(lambda x: jnp.sum(quartic(x)))(mode.x), 0.0)
+        covariance = np.linalg.inv(mode.hessian)
+        # In posterior standard deviations
+        assert np.all(np.einsum("bi,bij,bj->b", gradient, covariance, gradient) < (2 * laplace.NEWTON_TOLERANCE) ** 2)
+        assert mode.step <= laplace.NEWTON_TOLERANCE
+
+
+def test_fixed_normals_have_exact_moments_within_blocks():
+    terms, _, _ = gaussian()
+    draws = laplace.fixed_normals(32, partition(terms, 6))
+    np.testing.assert_allclose(draws.mean(0), 0.0, atol=1e-12)
+    covariance = draws.T @ draws / 32
+    for group in GROUPS:
+        np.testing.assert_allclose(covariance[np.ix_(group, group)], np.eye(len(group)), atol=1e-12)
+
+
+# A Gaussian random intercept: y_ij ~ N(x_i, sigma), x_i ~ N(mean, sd). Laplace's approximation is exact.
+
+
+def test_expansion_and_warm_start_on_a_random_intercept_far_away():
+    m, n = 5, 20
+    rng = np.random.default_rng(0)
+    y = 1500 + 40 * rng.normal(size=n) + 50 * rng.normal(size=(m, n))
+    data = jnp.asarray(y, jnp.float32)
+
+    def terms(theta, x):
+        mean, log_sd, log_sigma = theta
+        prior = (x - mean) ** 2 * jnp.exp(-2 * log_sd) / 2 + log_sd
+        return jnp.concatenate([prior, ((data - x) ** 2 * jnp.exp(-2 * log_sigma) / 2 + log_sigma).ravel()])
+
+    def loss(theta):  # minus the log marginal likelihood, up to (D + K) / 2 log(2 pi)
+        mean, log_sd, log_sigma = np.asarray(theta, float)
+        total = np.exp(2 * log_sigma) + m * np.exp(2 * log_sd)
+        within, between = np.sum((y - y.mean(0)) ** 2), m * np.sum((y.mean(0) - mean) ** 2)
+        return n * ((m - 1) * log_sigma + np.log(total) / 2) + within * np.exp(-2 * log_sigma) / 2 + between / total / 2
+
+    sigma2 = np.sum((y - y.mean(0)) ** 2) / (n * (m - 1))
+    between = m * np.mean((y.mean(0) - y.mean()) ** 2)
+    sd2 = (between - sigma2) / m
+    exact = np.array([y.mean(), np.log(sd2) / 2, np.log(sigma2) / 2])
+    variance_sd2 = 2 * (between**2 / n + sigma2**2 / (n * (m - 1))) / m**2
+    standard_errors = np.array(
+        [np.sqrt(between / (m * n)), np.sqrt(variance_sd2) / (2 * sd2), 1 / np.sqrt(2 * n * (m - 1))]
+    )
+
+    start = jnp.zeros(3)
+    blocks = partition(lambda x: terms(start, x), n)
+    normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
+    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks))
+
+    # The expansion at a place in the middle is exact: value, gradient and observed information.
+    middle = exact + [10.0, 0.3, -0.2]
+    here = expand(jnp.asarray(middle, jnp.float32), jnp.zeros(n))
+    np.testing.assert_allclose(np.sum(here.mode.terms) + here.half_log_det, loss(middle), rtol=1e-5)
+    numerical = [(loss(middle + d) - loss(middle - d)) / 2e-4 for d in 1e-4 * np.eye(3)]
+    np.testing.assert_allclose(here.gradient, numerical, rtol=2e-3, atol=2e-3)
+
+    found = laplace.warm_start(expand, start, jnp.zeros(n), np.array([False, True, True]))
+    theta = np.asarray(found.theta, float)
+    assert found.converged and found.iterations < 40
+    assert np.all(abs(theta - exact) < 0.3 * standard_errors), (theta - exact) / standard_errors
+    assert loss(theta) - loss(exact) < 0.03
+
+
+def test_warm_start_gives_up_without_a_usable_approximation():
+    blocks = partition(lambda x: x**2, 1, joint=True)
+    bad = lambda theta, x: jnp.stack([jnp.nan * x[0] + theta[0]])  # noqa: E731
+    expand = lambda theta, x: laplace.expand(bad, theta, x, jnp.array([[1.0], [-1.0]]), blocks)  # noqa: E731
+    assert laplace.warm_start(expand, jnp.zeros(1), jnp.zeros(1), np.array([False])) is None
