@@ -11,11 +11,13 @@ the negative log marginal likelihood, Fisher's identity ``grad(-log p_theta(y)) 
 """
 
 import abc
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.control_variates import calibrated_weights
 from numpyro_smcopt.types import Array
 
 
@@ -25,12 +27,14 @@ class Cloud(NamedTuple):
     Attributes:
         x: [N, D] particles.
         terms: [N, K] their energy terms.
+        grad: [N, D] gradients of their energies in ``x``.
         log_weights: [N, B] normalised log weights.
         blocks: The partition of coordinates and terms.
     """
 
     x: Array
     terms: Array
+    grad: Array
     log_weights: Array
     blocks: Blocks
 
@@ -50,13 +54,24 @@ class Objective(abc.ABC):
         """
 
 
+@dataclasses.dataclass(frozen=True)
 class MarginalLikelihood(Objective):
-    """Minus the log marginal likelihood ``-log p_theta(y)``; gradient ``E_pi[grad_theta U]`` (Fisher's identity)."""
+    """Minus the log marginal likelihood ``-log p_theta(y)``; gradient ``E_pi[grad_theta U]`` (Fisher's identity).
+
+    Args:
+        control_variates: Whether the weights are calibrated by Stein control variates (see `control_variates`), which
+            takes most of the noise out of the gradient. Needs a density that is continuous in the latents.
+    """
+
+    control_variates: bool = True
 
     def coefficients(self, cloud: Cloud) -> tuple[Array, Array]:
         """The weights; terms without latents are the same for every particle."""
         num_particles = cloud.x.shape[0]
-        return jnp.exp(cloud.log_weights), jnp.full(num_particles, 1 / num_particles, cloud.log_weights.dtype)
+        weights = jnp.exp(cloud.log_weights)
+        if self.control_variates and cloud.x.shape[1]:
+            weights = calibrated_weights(cloud.x, cloud.grad, cloud.log_weights, cloud.blocks)
+        return weights, jnp.full(num_particles, 1 / num_particles, weights.dtype)
 
 
 def term_coefficients(objective: Objective, cloud: Cloud) -> Array:

@@ -24,7 +24,7 @@ LAYERS = (
     {"algorithms.*"},
     {"algorithms.base"},
     {"objectives", "evidence", "loop", "theta_step", "laplace"},
-    {"uncertainty", "tempering"},
+    {"uncertainty", "tempering", "control_variates"},
     {"target", "results", "checkpoint", "adaptation", "minibatch"},
     {"kernels"},
     {"kernels.*"},

@@ -113,7 +113,8 @@ class SMCOptimizer(ParticleAlgorithm):
             are integrated out.
         optim: An optax, `numpyro.optim` or `jax.example_libraries` optimiser. By default `NaturalStep`, which has no
             learning rate, preceded by a Laplace warm start.
-        objective: What is minimised; by default `MarginalLikelihood`.
+        objective: What is minimised; by default `MarginalLikelihood`, with control variates for the default step and
+            plain, as in the paper, with an ``optim``.
         kernel: How particles move; by default `HMC` with a jittered, adapted step size.
         num_particles: N; by default between 32 and 128, fewer for larger models.
         resampling: A resampling scheme; by default `resampling.systematic`.
@@ -173,7 +174,7 @@ class SMCOptimizer(ParticleAlgorithm):
         if objective is not None and not isinstance(objective, Objective):
             raise TypeError(f"objective must be an object from numpyro_smcopt.objectives, got {objective!r}.")
         self.optim = None if optim is None else as_theta_step(optim)
-        self.objective = objective or MarginalLikelihood()
+        self.objective = objective or MarginalLikelihood(control_variates=optim is None)
         self.kernel = kernel or HMC()
         self.num_particles = num_particles
         self.resample = when_ess_below(resampling or systematic, ess_threshold)
@@ -382,7 +383,7 @@ class SMCOptimizer(ParticleAlgorithm):
         # Next theta, from the weighted particles before they are resampled and moved
         pending = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
         if not self._gradient_first:
-            cloud = Cloud(points.x, points.terms, log_weights, blocks)
+            cloud = Cloud(points.x, points.terms, points.grad, log_weights, blocks)
             gradient = jnp.where(sound, backward(term_coefficients(self.objective, cloud)), 0.0)
             around = self._surroundings(target, state, points.x, log_weights, here, gradient)
             following, next_state = theta_step.update(theta_state, here, around)
@@ -456,7 +457,7 @@ class SMCOptimizer(ParticleAlgorithm):
         return self.optim is not None or isinstance(self.kernel, WeightedKernel)
 
     def _gradient(self, target: Target, state: SMCState) -> Array:
-        cloud = Cloud(state.points.x, state.points.terms, state.log_weights, state.blocks)
+        cloud = Cloud(*state.points[:3], state.log_weights, state.blocks)
         coefficients = term_coefficients(self.objective, cloud)
         if state.points.score is not None:
             return coefficients[:, 0] @ state.points.score
