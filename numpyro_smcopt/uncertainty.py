@@ -75,8 +75,11 @@ def louis_information(
     gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
     factor = 1.0 if matched else jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
-    centred = (centred - jnp.sum(weights * centred, 1, keepdims=True)) * jnp.sqrt(weights * factor)
+    # Not `sum(weights * centred, 1)`: XLA for CPUs (jaxlib 0.10.2) miscompiles that sum if it is subtracted from its own
+    # summand, by several percent from about 20,000 numbers on.
+    mean = jnp.einsum("nb,pnb->pb", weights, centred, precision="highest")
+    centred = (centred - mean[:, None]) * jnp.sqrt(weights * factor)
     flat = centred.reshape(theta.shape[0], -1)
     per_block = jnp.sum(jnp.sum(centred**2, 1) / jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30)[:, None], 0)
     share = jnp.max(per_block) / jnp.maximum(jnp.sum(per_block), 1e-30)
-    return gradients[0], Information((complete + complete.T) / 2, flat @ flat.T, share)
+    return gradients[0], Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
