@@ -35,7 +35,7 @@ NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard
 WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
 SMALLEST_EIGENVALUE = 1e-6  # of the observed information, relative to the complete one
-DAMPING = 0.1, 0.02  # of scales: at first, and at least; relative to the complete information
+DAMPING = 0.1  # of scales, relative to the complete information
 GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take over
 
 
@@ -185,7 +185,7 @@ class Expansion(NamedTuple):
 
 
 def expand(
-    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, normals: Array, blocks: Blocks
+    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, normals: Array, blocks: Blocks, work: int
 ) -> Expansion:
     """Laplace approximation at ``theta``, and the gradient and information that draws from it give.
 
@@ -195,13 +195,14 @@ def expand(
         x: [D] where to start looking for the mode.
         normals: [N, D] fixed standard normal draws, so that the result is a smooth function of theta.
         blocks: The partition.
+        work: Array elements that one energy computes.
     """
     mode = find_mode(lambda one: terms_fn(theta, one), x, blocks)
     factor, _, half_log_det = factors(mode.hessian)
     shift = blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
     draws = mode.x + shift
     log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
-    gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks, matched=True)
+    gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks, work, matched=True)
     return Expansion(mode, jnp.sum(half_log_det), gradient, information)
 
 
@@ -259,9 +260,9 @@ def warm_start(
     if not _usable(here):
         return None
     flat = np.asarray(theta)
-    (damping, least), fraction, converged, k = DAMPING, 1.0, False, 1
+    fraction, converged, k = 1.0, False, 1
     while k < WARM_ITERATIONS:
-        step = fraction * _direction(here, bounded, damping)
+        step = fraction * _direction(here, bounded)
         predicted = -float(step @ here.gradient)
         if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * fraction:
             converged = bool(np.isfinite(predicted))
@@ -271,10 +272,9 @@ def warm_start(
         # The terms are subtracted first: totals of a million observations would cancel.
         change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
         if _usable(there) and change < 0.0:
-            flat, here = (flat + step).astype(flat.dtype), there
-            fraction, damping = min(1.0, 2 * fraction), max(damping / 2, least)
+            flat, here, fraction = (flat + step).astype(flat.dtype), there, min(1.0, 2 * fraction)
         else:
-            fraction, damping = fraction / 4, DAMPING[0]
+            fraction /= 4
             if fraction < 1e-4:
                 break
     return WarmStart(jnp.asarray(flat), jnp.asarray(here.mode.x), k, converged)
@@ -285,13 +285,13 @@ def _usable(expansion: Expansion) -> bool:
     return bool(expansion.mode.step < 10 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
 
 
-def _direction(here: Expansion, bounded: np.ndarray, damping: float) -> np.ndarray:
+def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
     # On the host and in double precision: a handful of small matrices is not worth a program.
     complete, missing = (np.asarray(v, float) for v in here.information[:2])
     diagonal = np.maximum(np.abs(np.diag(complete)), 1e-30)
     # What is missing on scales is only known up to noise: damp them.
     scale = 1 / np.sqrt(diagonal)
-    observed = (complete - missing + np.diag(damping * bounded * diagonal)) * scale[:, None] * scale
+    observed = (complete - missing + np.diag(DAMPING * bounded * diagonal)) * scale[:, None] * scale
     values, vectors = np.linalg.eigh(observed)
     step = -scale * (
         vectors @ ((vectors.T @ (scale * here.gradient)) / np.maximum(np.abs(values), SMALLEST_EIGENVALUE))

@@ -234,6 +234,16 @@ class Target:
             prior, _ = log_density(handlers.block(model, hide_fn=observed), self.args, self.kwargs, {})
         return -jnp.stack([prior, total - prior])
 
+    def program(self, theta: Theta) -> Any:
+        """The energy as a jaxpr: leaves of theta and one particle in, terms out."""
+        leaves, treedef = jax.tree.flatten(theta)
+        x = jax.ShapeDtypeStruct((self.sites.num_latents,), jnp.result_type(float))
+        return jax.make_jaxpr(lambda *v: self.terms(jax.tree.unflatten(treedef, v[:-1]), v[-1]))(*leaves, x).jaxpr
+
+    def work(self, theta: Theta) -> int:
+        """Array elements that are computed for the energy of one particle."""
+        return max(1, _elements(self.program(theta)))
+
     def draw_prior(self, rng_key: Array, theta: Theta) -> Array:
         """One draw [D] of the latents from their prior at ``theta``, on unconstrained space."""
         return self._draw(rng_key, theta, lambda site: None)
@@ -621,6 +631,18 @@ def _tree_map_constraint(site: dict, fn: Callable, value: Any) -> Any:
 def _unconstrained(site: dict) -> Array:
     with helpful_support_errors(site):
         return biject_to(site["fn"].support).inv(site["value"])
+
+
+def _elements(program: Any) -> int:
+    total = 0
+    for equation in program.eqns:
+        inner = [
+            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
+        ]
+        repeats = equation.params.get("length", 1)
+        total += repeats * sum(_elements(getattr(v, "jaxpr", v)) for v in inner)
+        total += sum(math.prod(v.aval.shape) for v in equation.outvars if not inner)
+    return total
 
 
 def _is_real(constraint: constraints.Constraint) -> bool:

@@ -20,7 +20,7 @@ from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import small_sample_factor
 
-DIRECTIONS_AT_ONCE_BUDGET = 2e7  # numbers held by one batch of directional derivatives
+DIRECTIONS_AT_ONCE_BUDGET = 3e7  # numbers held by one batch of directional derivatives
 
 
 class Information(NamedTuple):
@@ -43,6 +43,7 @@ def louis_information(
     x: Array,
     log_weights: Array,
     blocks: Blocks,
+    work: int = 1,
     *,
     matched: bool = False,
 ) -> tuple[Array, Information]:
@@ -54,6 +55,7 @@ def louis_information(
         x: [N, D] particles.
         log_weights: [N, B] their normalised log weights.
         blocks: The partition.
+        work: Array elements that one energy computes; decides how many directions fit into memory at once.
         matched: Whether the particles have exactly the right second moments, so that their covariances need no
             small-sample factor.
     """
@@ -69,14 +71,14 @@ def louis_information(
         (_, gradient), slopes = jax.jvp(energies_and_gradient, (theta,), (direction,))
         return gradient, slopes
 
-    batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / max(1, num_particles * num_terms))))
+    batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / (num_particles * max(num_terms, work)))))
     directions = jnp.eye(theta.shape[0], dtype=theta.dtype)
     mapped = jax.vmap(along) if batch == len(directions) else partial(lax.map, along, batch_size=batch)
     gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
     factor = 1.0 if matched else jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
-    # Not `sum(weights * centred, 1)`: XLA for CPUs (jaxlib 0.10.2) miscompiles that sum if it is subtracted from its own
-    # summand, by several percent from about 20,000 numbers on.
+    # Not `sum(weights * centred, 1)`: XLA for CPUs (jaxlib 0.10.2) miscompiles that sum if it is subtracted from its
+    # own summand, by several percent from about 20,000 numbers on.
     mean = jnp.einsum("nb,pnb->pb", weights, centred, precision="highest")
     centred = (centred - mean[:, None]) * jnp.sqrt(weights * factor)
     flat = centred.reshape(theta.shape[0], -1)

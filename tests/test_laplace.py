@@ -134,7 +134,7 @@ def test_expansion_and_warm_start_on_a_random_intercept_far_away():
     start = jnp.zeros(3)
     blocks = partition(lambda x: terms(start, x), n)
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks))
+    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
 
     # The expansion at a place in the middle is exact: value, gradient and observed information.
     middle = exact + [10.0, 0.3, -0.2]
@@ -153,5 +153,5 @@ def test_expansion_and_warm_start_on_a_random_intercept_far_away():
 def test_warm_start_gives_up_without_a_usable_approximation():
     blocks = partition(lambda x: x**2, 1, joint=True)
     bad = lambda theta, x: jnp.stack([jnp.nan * x[0] + theta[0]])  # noqa: E731
-    expand = lambda theta, x: laplace.expand(bad, theta, x, jnp.array([[1.0], [-1.0]]), blocks)  # noqa: E731
+    expand = lambda theta, x: laplace.expand(bad, theta, x, jnp.array([[1.0], [-1.0]]), blocks, 1)  # noqa: E731
     assert laplace.warm_start(expand, jnp.zeros(1), jnp.zeros(1), np.array([False])) is None

@@ -9,7 +9,6 @@ compiles, announces sites, runs, and turns particles into samples.
 
 import abc
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -363,7 +362,7 @@ def _unreached_params(target: Target) -> list[str]:
     """Param sites on which no energy term depends, found in the program of the energy."""
     _, theta = jax.eval_shape(lambda key: target.initial_params(key, {}), random.key(0))
     owners = [name for name in theta for _ in jax.tree.leaves(theta[name])]
-    program = _energy_program(target, theta)
+    program = target.program(theta)
     reached = set()
     for owner, variable in zip(owners, program.invars, strict=False):
         touched = {variable}
@@ -373,30 +372,6 @@ def _unreached_params(target: Target) -> list[str]:
         if any(not hasattr(v, "val") and v in touched for v in program.outvars):
             reached.add(owner)
     return [name for name in theta if name not in reached]
-
-
-def work_of_energy(target: Target, theta: Theta) -> int:
-    """Array elements that are computed for the energy of one particle."""
-    return _elements(_energy_program(target, theta))
-
-
-def _energy_program(target: Target, theta: Theta) -> Any:
-    """The energy as a jaxpr: leaves of theta and one particle in, terms out."""
-    leaves, treedef = jax.tree.flatten(theta)
-    x = jax.ShapeDtypeStruct((target.sites.num_latents,), jnp.result_type(float))
-    return jax.make_jaxpr(lambda *v: target.terms(jax.tree.unflatten(treedef, v[:-1]), v[-1]))(*leaves, x).jaxpr
-
-
-def _elements(program: Any) -> int:
-    total = 0
-    for equation in program.eqns:
-        inner = [
-            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
-        ]
-        repeats = equation.params.get("length", 1)
-        total += repeats * sum(_elements(getattr(v, "jaxpr", v)) for v in inner)
-        total += sum(math.prod(v.aval.shape) for v in equation.outvars if not inner)
-    return total
 
 
 def _fingerprint(arrays: Sequence[Array]) -> Array:

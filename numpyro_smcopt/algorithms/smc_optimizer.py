@@ -30,7 +30,7 @@ from jax import random
 
 from numpyro_smcopt import laplace, tempering
 from numpyro_smcopt.adaptation import adapt_size
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, Start, flat_terms, warn, work_of_energy
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, Start, flat_terms, warn
 from numpyro_smcopt.blocks import Blocks, Partition, dependence_violated, find_blocks
 from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Preconditioner, Step, WeightedKernel
 from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, term_coefficients
@@ -54,6 +54,7 @@ LARGEST_INFORMATION = 500  # coordinates of theta up to which the natural step i
 SHORTER = 0.25  # of a refused step is tried next
 LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
 INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
+LARGEST_INFORMATION_WORK = 2e9  # array elements of one information
 INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
 WARM_DRAWS = 64
 BURN_IN = 100
@@ -227,7 +228,7 @@ class SMCOptimizer(ParticleAlgorithm):
             return 1  # plain maximum likelihood: there is nothing to integrate out
         if self.num_particles is not None:
             return int(self.num_particles)
-        fitting = WORK_PER_EVALUATION / max(1, work_of_energy(target, theta))
+        fitting = WORK_PER_EVALUATION / target.work(theta)
         return int(np.clip(2 ** round(math.log2(fitting)), FEWEST_PARTICLES, MOST_PARTICLES))
 
     def _draw(self, num: int, from_prior: bool) -> Callable:
@@ -244,10 +245,14 @@ class SMCOptimizer(ParticleAlgorithm):
         flat, unravel = jax.flatten_util.ravel_pytree(theta)
         if not laplace.affordable(blocks) or flat.size > LARGEST_INFORMATION:
             return None
-        normals = jnp.asarray(laplace.fixed_normals(WARM_DRAWS, blocks), flat.dtype)
+        normals = jnp.asarray(
+            laplace.fixed_normals(_num_for_information(WARM_DRAWS, 1, flat.size * start.target.work(theta)), blocks),
+            flat.dtype,
+        )
 
         def expand(target: Target, flat: Array, x: Array, normals: Array, blocks: Blocks) -> laplace.Expansion:
-            return laplace.expand(lambda t, x: target.terms(unravel(t), x), flat, x, normals, blocks)
+            terms_fn = lambda t, x: target.terms(unravel(t), x)  # noqa: E731
+            return laplace.expand(terms_fn, flat, x, normals, blocks, target.work(theta))
 
         expand_fn = lambda flat, x: start.call("expand", expand, flat, x, normals, blocks)  # noqa: E731
         found = laplace.warm_start(expand_fn, flat, x, start.call("bounded", Target.bounded_coordinates, theta))
@@ -280,7 +285,7 @@ class SMCOptimizer(ParticleAlgorithm):
                 points = jax.vmap(self._evaluate(target, theta, True))(points.x)
             free = -blocks.sum_free_terms(points.terms[0])
             log_evidence = jnp.sum(tempered.log_evidence) + free if from_prior else jnp.zeros((), x.dtype)
-            theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks))
+            theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks), target.work(theta))
             zero = jnp.zeros((), jnp.int32)
             state = SMCState(
                 theta=theta,
@@ -321,13 +326,13 @@ class SMCOptimizer(ParticleAlgorithm):
         _refuse_hopeless(target, np.isfinite(np.asarray(state.points.terms)))
 
     # -- update -------------------------------------------------------------------------------------------------------
-    def _theta_step(self, flat: Array, log_weights_shape: tuple[int, int]) -> ThetaStep:
+    def _theta_step(self, flat: Array, log_weights_shape: tuple[int, int], work: int) -> ThetaStep:
         if self.optim is not None:
             return self.optim
         if flat.size <= LARGEST_INFORMATION:
             num_particles, num_blocks = log_weights_shape
             # In units of the evaluations of one update; an information costs about three per direction.
-            cost = 3 * flat.size * _num_for_information(num_particles, num_blocks) / num_particles
+            cost = 3 * flat.size * _num_for_information(num_particles, num_blocks, flat.size * work) / num_particles
             affordable = cost / (INFORMATION_SHARE * (2 + getattr(self.kernel, "num_evaluations", 1)))
             return NaturalStep(refresh_every=max(5, math.ceil(affordable)))
         return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
@@ -362,7 +367,7 @@ class SMCOptimizer(ParticleAlgorithm):
         every_key = random.split(state.rng_key, 1 + num_particles + num_blocks)  # one call compiles to less
         particle_keys, block_keys = every_key[1 : 1 + num_particles], every_key[1 + num_particles :]
         _, flat, unravel = flat_terms(target, state.theta)
-        theta_step = self._theta_step(flat, (num_particles, num_blocks))
+        theta_step = self._theta_step(flat, (num_particles, num_blocks), target.work(state.theta))
 
         # Theta
         gradient, proposed, theta_state = self._propose(target, state, theta_step)
@@ -471,11 +476,13 @@ class SMCOptimizer(ParticleAlgorithm):
 
         def information() -> Information:
             # A few particles of every block do where there are many blocks; which ones changes from time to time.
-            num = _num_for_information(*log_weights.shape)
-            stride = log_weights.shape[0] // num
+            work = target.work(state.theta)
+            num_particles, num_blocks = log_weights.shape
+            num = _num_for_information(num_particles, num_blocks, theta.size * work)
+            stride = num_particles // num
             chosen = stride * jnp.arange(num) + state.num_updates % stride
             weights = jax.nn.log_softmax(log_weights[chosen], axis=0)
-            return louis_information(terms_fn, theta, x[chosen], weights, state.blocks)[1]
+            return louis_information(terms_fn, theta, x[chosen], weights, state.blocks, work)[1]
 
         return Surroundings(gradient, -_log_evidence(state), information)
 
@@ -581,10 +588,11 @@ class SMCOptimizer(ParticleAlgorithm):
         return status
 
 
-def _num_for_information(num_particles: int, num_blocks: int) -> int:
-    return int(
-        np.clip(2 ** math.ceil(math.log2(INFORMATION_DRAWS / num_blocks)), min(16, num_particles), num_particles)
-    )
+def _num_for_information(num_particles: int, num_blocks: int, cost: int) -> int:
+    """How many particles the information is formed from; ``cost`` is parameters times work of one energy."""
+    enough = 2 ** math.ceil(math.log2(max(INFORMATION_DRAWS / num_blocks, 16)))
+    payable = 2 ** math.floor(math.log2(max(LARGEST_INFORMATION_WORK / cost, 4)))
+    return min(enough, payable, num_particles)
 
 
 def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:
