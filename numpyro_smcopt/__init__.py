@@ -13,6 +13,7 @@ Map of the package, from the top down:
     theta_step       how theta moves
     objectives       what is minimised
     uncertainty      information from particles
+    control_variates weights that take the noise out of the gradient
     loop             many updates, progress
     tempering        from the prior to the posterior
     target           NumPyro model -> energy terms; the only file that traces models

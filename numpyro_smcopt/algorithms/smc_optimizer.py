@@ -582,8 +582,8 @@ class SMCOptimizer(ParticleAlgorithm):
         moving = int(getattr(state.theta_state, "reversals", num)) < min(10, num / 10)
         if isinstance(state.theta_state, NaturalState) and moving and grad_norm[-1] > 1e-3 * np.max(grad_norm):
             warn(
-                "theta was still moving in one direction at the end of the run. Go on with more steps: "
-                "run(..., init_state=result.state)."
+                "theta was still moving in one direction at the end of the run. Go on with more steps, "
+                "run(..., init_state=result.state), unless the maximum lies on a boundary (a scale that goes to zero)."
             )
         return status
 
