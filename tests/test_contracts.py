@@ -371,7 +371,7 @@ def test_gradient_of_objective_agrees_with_a_closed_form(name):
 
         def estimate(theta, x=x, log_weights=log_weights, blocks=blocks):
             energy = jax.vmap(lambda x: terms(theta, x))(x)
-            grad = jax.vmap(jax.grad(lambda x: jnp.sum(terms(0.7, x))))(x)
+            grad = jax.vmap(jax.grad(lambda x: jnp.sum(terms(jnp.asarray(0.7), x))))(x)
             cloud = Cloud(x, energy, grad, log_weights, blocks)
             return jnp.sum(jax.lax.stop_gradient(term_coefficients(objective, cloud)) * energy)
 

@@ -214,7 +214,7 @@ def groups_log_likelihood(y, mean, sd, sigma):
 
 
 def test_default_reaches_the_closed_form_maximum_with_blocks_and_jointly():
-    """Bounds: the project's goals, 0.005 nats and 0.07 standard errors. 20 groups of 4, far from the starting values."""
+    """Bounds: the project's goals, 0.005 nats and 0.07 standard errors. 20 groups of 4; the start is far away."""
     m, n = 4, 20
     rng = np.random.default_rng(1)
     y = 50 + 6 * rng.normal(size=n) + 3 * rng.normal(size=(m, n))
