@@ -82,4 +82,7 @@ def _variates(x: Array, grad: Array, log_weights: Array, blocks: Blocks, most: i
         return jnp.concatenate([v, own], -1)
     if width + 1 <= most:
         return jnp.concatenate([v, own.sum(-1, keepdims=True)], -1)
-    return own.sum(-1, keepdims=True) if most >= 1 else None
+    # The centre m is a mean over the particles, so E[(x_i - m) v_i] is 1 - w_i, not 1. (Above, where v itself is a
+    # variate, the centre makes no difference.)
+    alone = own + 2 * present * jnp.exp(log_weights)[..., None]
+    return alone.sum(-1, keepdims=True) if most >= 1 else None

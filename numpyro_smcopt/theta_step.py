@@ -196,7 +196,9 @@ class NaturalStep:
             usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
             mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
             information = jax.tree.map(mix, state.information, new)
-            return information, inverse_metric(information, self.floor)
+            metric = inverse_metric(information, self.floor)
+            # Without any usable information theta stays where it is.
+            return information, jnp.where(usable, metric, state.metric)
 
         return lax.cond(
             state.num_updates % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None

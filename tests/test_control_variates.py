@@ -98,6 +98,18 @@ def test_a_particle_without_weight_poisons_nothing(bad):
     np.testing.assert_allclose(alive.sum(), 0.0, atol=0.3)
 
 
+def test_centring_at_the_mean_of_the_particles_leaves_no_bias():
+    """60 blocks of 20 coordinates, 32 particles each: the trace of the second moments within 4 standard errors."""
+    num_blocks, width, num = 60, 20, 32
+    index = jnp.arange(num_blocks * width)
+    members = index.reshape(num_blocks, width)
+    blocks = Blocks(index // width, index // width, members, index, jnp.zeros((num_blocks, 0), int))
+    x = random.normal(random.key(8), (num, num_blocks * width))
+    weights = calibrated_weights(x, x, uniform_log_weights(num, num_blocks), blocks)
+    traces = np.asarray((weights[:, :, None] * x.reshape(num, num_blocks, width) ** 2).sum((0, 2)))
+    assert abs(traces.mean() - width) < 4 * traces.std() / np.sqrt(num_blocks)
+
+
 def test_a_large_block_uses_what_it_can_afford():
     """100 coordinates, 128 particles: one variate, the sum of the squares in units of the target."""
     blocks = one_block(None, np.zeros((2, 100)), 1, np.zeros(100, int))

@@ -25,8 +25,6 @@ from numpyro_smcopt.target import make_target
 
 STANDARD_ERRORS = 4.0
 
-fails_in_double_precision = pytest.mark.xfail(reason="argmax is an int64 there", raises=TypeError)
-
 
 def fixed_steps(length):
     """An optimiser that adds the same to theta at every update, whatever the gradient: a fixed path."""
@@ -148,7 +146,6 @@ class PlainAlgorithm:
             self.num_resampled += 1
 
 
-@fails_in_double_precision
 @pytest.mark.parametrize(("kernel", "optim"), [("ula", "adam"), ("mala", "sgd")])
 def test_with_an_explicit_optimiser_it_is_the_papers_algorithm(kernel, optim):
     num, h, steps, threshold = 40, 0.2, 12, {"ula": 0.6, "mala": 0.9}[kernel]
@@ -261,7 +258,6 @@ def shifted(y, shift):
 SMALL = np.array([1.0, 2.0, 4.5])
 
 
-@fails_in_double_precision
 def test_log_evidence_shifts_exactly_and_chunks_and_bars_change_nothing(monkeypatch, capfd):
     with jax.enable_x64(True):
         optimizer = SMCOptimizer(
@@ -337,7 +333,6 @@ def truncated():
     numpyro.factor("energy", jnp.where(x < c, -(x**2) / 2, jnp.nan))
 
 
-@pytest.mark.xfail(reason="constrain_params draws from improper sites", raises=NotImplementedError)
 def test_particles_without_a_finite_energy_are_survived_and_counted_and_an_improper_start_is_relative():
     num, steps = 4000, 8
     optimizer = SMCOptimizer(

@@ -497,8 +497,8 @@ class SMCOptimizer(ParticleAlgorithm):
         def draw(log_weights: Array) -> Resampled:
             one = lambda k, w: tuple(self.resample(k, w, threshold))  # noqa: E731
             drawn = Resampled(*jax.vmap(one, in_axes=(0, 1), out_axes=(1, 1, 0))(keys, log_weights))
-            still_dead = ~jnp.isfinite(drawn.log_weights)
-            return drawn._replace(ancestors=jnp.where(still_dead, jnp.argmax(log_weights, 0), drawn.ancestors))
+            still_dead, heaviest = ~jnp.isfinite(drawn.log_weights), jnp.argmax(log_weights, 0).astype(jnp.int32)
+            return drawn._replace(ancestors=jnp.where(still_dead, heaviest, drawn.ancestors))
 
         def keep(log_weights: Array) -> Resampled:
             own = jnp.arange(log_weights.shape[0], dtype=jnp.int32)[:, None]
