@@ -293,16 +293,20 @@ class Target:
         theta = {name: _tree_map_constraint(trace[name], lambda t, v: t.inv(v), values[name]) for name in values}
         return jax.tree.map(strong, (values, theta))
 
+    def _trace_at(self, theta: Theta) -> dict:
+        # Values for the latents too: an improper one cannot be drawn.
+        latents = self.unravel(jnp.zeros(self.sites.num_latents))
+        model = handlers.substitute(self.model, substitute_fn=_substitution(theta, latents))
+        return _trace(model, self.args, self.kwargs, random.key(0))
+
     def constrain_params(self, theta: Theta) -> Params:
         """``theta`` on the scale of the model."""
-        model = handlers.substitute(self.model, substitute_fn=_substitution(theta, {}))
-        trace = _trace(model, self.args, self.kwargs, random.key(0))
+        trace = self._trace_at(theta)
         return {name: trace[name]["value"] for name in self.sites.params}
 
     def bounded_coordinates(self, theta: Theta) -> Array:
         """[P] bool: which coordinates of the flat ``theta`` belong to a constrained parameter."""
-        model = handlers.substitute(self.model, substitute_fn=_substitution(theta, {}))
-        trace = _trace(model, self.args, self.kwargs, random.key(0))
+        trace = self._trace_at(theta)
         free = {name: _is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta}
         marks = {
             name: jax.tree.map(lambda leaf, mark=not free[name]: jnp.full(jnp.shape(leaf), mark), theta[name])
