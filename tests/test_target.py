@@ -189,7 +189,7 @@ def according_to_us(target, theta, x):
         "terms": terms,
         "energy": total,
         "in theta": in_theta,
-        "in latents": target.unravel(in_x),
+        "in latents": target.sites.unravel(in_x),
         "prior": jnp.sum(terms * target.sites.prior_mask),
         "params": target.constrain_params(theta),
         "latents": target.constrain_latents(theta, x),
@@ -220,7 +220,7 @@ def case(request):
         target = make_target(model, args, {})
         theta, x = somewhere(target)
         ours = jax.jit(functools.partial(according_to_us, target))(theta, x)
-        truth = jax.jit(functools.partial(according_to_numpyro, model, args))(theta, target.unravel(x))
+        truth = jax.jit(functools.partial(according_to_numpyro, model, args))(theta, target.sites.unravel(x))
         return Case(target, ours, truth)
 
 

@@ -1,0 +1,107 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""One run of a model under chosen values, and what its sites say.
+
+A model is always run below a `block` handler and a seed of its own: its sites neither leak into a user's handlers nor
+can they be altered by them.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpyro
+from jax import random
+from numpyro import handlers
+from numpyro.distributions import biject_to, constraints
+from numpyro.infer import init_to_uniform
+from numpyro.infer.util import _unconstrain_reparam, helpful_support_errors
+
+from numpyro_smcopt.types import Array, Model, Theta
+
+
+def trace_model(model: Model, args: tuple, kwargs: dict, rng_key: Array, validate: bool | None = None) -> dict:
+    """Run the model, hidden from a user's handlers; by default distributions check what NumPyro is set to check."""
+    quiet = contextlib.nullcontext() if validate is None else numpyro.validation_enabled(validate)
+    with quiet, handlers.block(), handlers.seed(rng_seed=rng_key):
+        return handlers.trace(model).get_trace(*args, **kwargs)
+
+
+def drawable(model: Model, improper: set[str]) -> Model:
+    """The model with values at the sites that have no sampler, so that a trace can go on; notes their names."""
+
+    def stand_in(site: dict) -> Any:
+        if site["type"] != "sample" or site["is_observed"] or site["value"] is not None:
+            return None
+        try:
+            site["fn"].sample(random.key(0))
+        except NotImplementedError:
+            improper.add(site["name"])
+            return init_to_uniform()(site | {"kwargs": site["kwargs"] | {"rng_key": random.key(0)}})
+        return None
+
+    return handlers.substitute(model, substitute_fn=stand_in)
+
+
+def substitution(theta: Theta, latents: dict[str, Array]) -> Callable[[dict], Any]:
+    """Unconstrained values of param and latent sites, for `numpyro.handlers.substitute`."""
+
+    def value_of(site: dict) -> Any:
+        if site["type"] == "param":
+            return constrained_param(site, theta)
+        if site["type"] == "sample" and site["name"] in latents:
+            return _unconstrain_reparam(latents, site)
+        return None
+
+    return value_of
+
+
+def constrained_param(site: dict, theta: Theta) -> Any:
+    """The value of a param site at ``theta``, on the scale of the model; None if ``theta`` does not have it."""
+    if site["name"] not in theta:
+        return None
+    return map_constraint(site, lambda transform, v: transform(v), theta[site["name"]])
+
+
+def map_constraint(site: dict, fn: Callable, value: Any) -> Any:
+    """``fn(transform, leaf)`` over the leaves of a param site, ``transform`` being that of its constraint."""
+    with helpful_support_errors(site | {"fn": None}):
+        transform = biject_to(site["kwargs"].get("constraint", constraints.real))
+    return jax.tree.map(lambda leaf: fn(transform, leaf), value)
+
+
+def unconstrained(site: dict) -> Array:
+    """The value of a sample site on unconstrained space."""
+    with helpful_support_errors(site):
+        return biject_to(site["fn"].support).inv(site["value"])
+
+
+def is_real(constraint: constraints.Constraint) -> bool:
+    """Whether a constraint constrains nothing."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint is constraints.real
+
+
+def log_prob_of(site: dict) -> Array:
+    """The scaled log density of a sample site, unsummed."""
+    value, intermediates, scale = site["value"], site["intermediates"], site["scale"]
+    log_prob = site["fn"].log_prob(value, intermediates) if intermediates else site["fn"].log_prob(value)
+    return log_prob if scale is None else scale * log_prob
+
+
+def is_prior(name: str, latents: dict[str, Any]) -> bool:
+    """Whether a site is a latent, or the log-Jacobian of one: `_<latent>_log_det`, below the latent's own scope."""
+    factors = {f"_{latent}_log_det": latent for latent in latents if name.endswith(f"_{latent}_log_det")}
+    return name in latents or any(latent.startswith(name.removesuffix(end)) for end, latent in factors.items())
+
+
+def enumerated_model(model: Model, args: tuple, kwargs: dict) -> Model:
+    """The model with its discrete latents laid out along new dimensions, left of all plates."""
+    from numpyro.contrib.funsor import config_enumerate, enum
+
+    with handlers.block(), handlers.seed(rng_seed=random.key(0)):
+        trace = handlers.trace(model).get_trace(*args, **kwargs)
+    dims = [frame.dim for site in trace.values() for frame in site.get("cond_indep_stack", [])]
+    return enum(config_enumerate(model), first_available_dim=min(dims, default=0) - 1)
