@@ -1,0 +1,78 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a theta step is, what it may ask, and the rules that the scale-free ones share.
+
+*gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 5)^-0.7`` after ``s`` reversals, so a far start is
+walked from at full speed and noise is averaged out near the minimum, without a horizon to be given;
+
+*length*: ``max_b Var(step . grad_theta U_b) <= -log(target_ess)``, which keeps the effective sample size of every block
+above ``target_ess`` to first order;
+
+*average*: the answer is an average of the iterates that forgets the approach, ``weight_k ~ s_k^2``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+
+from numpyro_smcopt.types import Array
+from numpyro_smcopt.uncertainty import Information
+
+
+def _unknown(*arguments: Any) -> Any:
+    raise NotImplementedError("the algorithm does not say this of its surroundings")
+
+
+class Surroundings(NamedTuple):
+    """What a step may ask about the place where it stands; functions, so that only what is asked for is computed.
+
+    Attributes:
+        gradient: [P] estimate of the gradient of the loss.
+        loss: [] estimate of the loss.
+        information: () -> complete and missing information.
+        fisher: () -> [P, P] Fisher information of ``pi_theta``.
+        curvature: [] of the loss, relative to ``fisher``: a guess from above.
+        spread: ``step [P] -> []``, the variance over the particles of the change of energy that a step makes.
+        elapsed: [] how long the particles moved since the last step, in units of their own time.
+        admit: ``step [P] -> [P]``, what is to be taken of a step, after all that shortens it from outside.
+    """
+
+    gradient: Array
+    loss: Array
+    information: Callable[[], Information] = _unknown
+    fisher: Callable[[], Array] = _unknown
+    curvature: Array | float = 1.0
+    spread: Callable[[Array], Array] = _unknown
+    elapsed: Array | float = 0.0
+    admit: Callable[[Array], Array] = lambda step: step
+
+
+@runtime_checkable
+class ThetaStep(Protocol):
+    """Moves a flat ``theta [P]``; the state is a pytree of arrays."""
+
+    def init(self, theta: Array) -> Any:
+        """The state at the start."""
+
+    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+        """The next ``theta`` and state."""
+
+    def estimate(self, state: Any, theta: Array) -> Array:
+        """[P] the answer so far."""
+
+
+def gain(reversals: Array, patience: float) -> Array:
+    """Kesten's rule: 1 while successive steps agree, ``(1 + s / patience)^-0.7`` after ``s`` reversals."""
+    return (1 + reversals / patience) ** -0.7
+
+
+def shortened(step: Array, spread: Array, target_ess: float) -> Array:
+    """The step, no longer than its ``spread``, a variance of log weights, allows."""
+    return step * jnp.sqrt(jnp.minimum(1.0, -jnp.log(target_ess) / jnp.maximum(spread, 1e-30)))
+
+
+def averaged(average: Array, theta: Array, reversals: Array) -> Array:
+    """The average of the iterates with one more, which weighs ``s^2`` and so forgets the approach."""
+    weight = 3.0 / (2.0 * reversals + 3.0)
+    return average + weight.astype(theta.dtype) * (theta - average)

@@ -1,0 +1,127 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The step towards a maximum of the marginal likelihood, without a learning rate.
+
+    theta' = theta - gain * M^-1 g
+
+It knows the units of the parameters from the information in the particles: ``M`` is Louis' observed information
+``H - F`` (see `uncertainty`), formed where ``H`` is the identity and with its eigenvalues floored, so that a noisy or
+indefinite estimate still gives a descent direction no longer than a few EM steps. Gain, length and average follow the
+rules of `theta_step.base`; the variance that limits the length comes from ``F``, split over blocks as on average over
+theta.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_smcopt.theta_step.base import Surroundings, averaged, gain, shortened
+from numpyro_smcopt.types import Array
+from numpyro_smcopt.uncertainty import Information
+
+
+class NaturalState(NamedTuple):
+    """State of `NaturalStep`.
+
+    Attributes:
+        num_updates: [] so far.
+        reversals: [] how often a gradient disagreed with the step before it.
+        information: Running complete and missing information.
+        metric: [P, P] ``M^-1``.
+        last: [P] the last direction.
+        average: [P] the running average of theta.
+    """
+
+    num_updates: Array
+    reversals: Array
+    information: Information
+    metric: Array
+    last: Array
+    average: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class NaturalStep:
+    """The scale-free step; see the head of this file.
+
+    Args:
+        target_ess: Fraction of effective particles that a step of theta may cost a block, to first order.
+        refresh_every: Updates between two evaluations of the information.
+        floor: Smallest eigenvalue of ``M`` relative to the complete information.
+        forgetting: Smallest weight of the newest information in the running mean.
+        patience: Reversals after which the gain starts to fall.
+    """
+
+    target_ess: float = 0.8
+    refresh_every: int = 5
+    floor: float = 0.1
+    forgetting: float = 0.1
+    patience: float = 5.0
+
+    def init(self, theta: Array) -> NaturalState:
+        """See `ThetaStep.init`."""
+        zero, matrix = jnp.zeros((), jnp.int32), jnp.zeros((theta.shape[0],) * 2, theta.dtype)
+        information = Information(matrix, matrix, jnp.ones((), theta.dtype))
+        return NaturalState(zero, zero, information, matrix, jnp.zeros_like(theta), theta)
+
+    def update(self, state: NaturalState, theta: Array, around: Surroundings) -> tuple[Array, NaturalState]:
+        """See `ThetaStep.update`."""
+        # Metric
+        information, metric = self._refresh(state, around)
+
+        # Direction
+        direction = -metric @ around.gradient
+        direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
+
+        # Gain
+        reversals = state.reversals + (jnp.vdot(around.gradient, state.last) > 0).astype(jnp.int32)
+        step = gain(reversals, self.patience).astype(theta.dtype) * direction
+
+        # Length
+        spread = information.largest_share * (step @ information.missing @ step)
+
+        # Average
+        theta = theta + around.admit(shortened(step, spread, self.target_ess))
+        average = averaged(state.average, theta, reversals)
+        return theta, NaturalState(state.num_updates + 1, reversals, information, metric, direction, average)
+
+    def estimate(self, state: NaturalState, theta: Array) -> Array:
+        """See `ThetaStep.estimate`."""
+        del theta
+        return state.average
+
+    def _refresh(self, state: NaturalState, around: Surroundings) -> tuple[Information, Array]:
+        renewals = state.num_updates // self.refresh_every
+        weight = jnp.maximum(1.0 / (renewals + 1), self.forgetting)
+
+        def renew(_: None) -> tuple[Information, Array]:
+            new = around.information()
+            usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
+            mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
+            information = jax.tree.map(mix, state.information, new)
+            metric = inverse_metric(information, self.floor)
+            # Without any usable information theta stays where it is.
+            return information, jnp.where(usable, metric, state.metric)
+
+        return lax.cond(
+            state.num_updates % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None
+        )
+
+
+def inverse_metric(information: Information, floor: float) -> Array:
+    """``M^-1 [P, P]`` with ``M = H - F``, floored.
+
+    Args:
+        information: ``H`` and ``F``.
+        floor: Smallest eigenvalue of ``H^-1/2 (H - F) H^-1/2``.
+    """
+    complete, missing = information.complete, information.missing
+    scale = 1 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30))
+    values, vectors = jnp.linalg.eigh(complete * scale[:, None] * scale)
+    whiten = (vectors / jnp.sqrt(jnp.maximum(jnp.abs(values), 1e-3))) @ vectors.T * scale  # H^-1/2, up to a rotation
+    values, vectors = jnp.linalg.eigh(jnp.eye(len(scale), dtype=complete.dtype) - whiten @ missing @ whiten.T)
+    half = vectors.T @ whiten
+    return (half.T / jnp.maximum(values, floor)) @ half

@@ -1,0 +1,137 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Theta steps with a learning rate: any optax or NumPyro optimiser, and gradient descent in the particles' time."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpyro
+import optax
+from jax.example_libraries import optimizers
+from numpyro.optim import _NumPyroOptim
+
+from numpyro_smcopt.theta_step.base import Surroundings, ThetaStep, shortened
+from numpyro_smcopt.types import Array
+
+
+def as_theta_step(optim: Any) -> ThetaStep:
+    """Wrap what `numpyro.infer.SVI` accepts as an optimiser.
+
+    Raises:
+        TypeError: If it is something else, or `numpyro.optim.Minimize`, which takes no gradient.
+    """
+    if isinstance(optim, ThetaStep):
+        return optim
+    if isinstance(optim, numpyro.optim.Minimize):
+        raise TypeError(
+            "numpyro.optim.Minimize minimises a deterministic function and cannot follow a gradient estimate. Use an "
+            "optimiser such as optax.adam(1e-2), or none: the default needs no learning rate."
+        )
+    if isinstance(optim, _NumPyroOptim):
+        return OptimizerStep(optim)
+    if isinstance(optim, optax.GradientTransformation):
+        return OptimizerStep(numpyro.optim.optax_to_numpyro(optim))
+    if isinstance(optim, optimizers.Optimizer):
+        return OptimizerStep(_NumPyroOptim(lambda *args: args, *optim))
+    raise TypeError(
+        "Expected either an instance of numpyro.optim._NumPyroOptim, jax.example_libraries.optimizers.Optimizer or "
+        f"optax.GradientTransformation. Got {type(optim).__name__}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerStep:
+    """Any optimiser that NumPyro knows, applied to the gradient estimate; the answer is the last iterate.
+
+    Args:
+        optim: A `numpyro.optim` optimiser.
+    """
+
+    optim: Any
+
+    def init(self, theta: Array) -> Any:
+        """See `ThetaStep.init`."""
+        return self.optim.init(theta)
+
+    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+        """See `ThetaStep.update`."""
+        new = self.optim.update(around.gradient, state, value=around.loss)
+        theta = theta + around.admit(self.optim.get_params(new) - theta)
+        # The optimiser keeps a copy of theta, which must not go another way.
+        leaves, treedef = jax.tree.flatten(new)
+        leaves = [theta if k == self._place_of_theta(theta) else leaf for k, leaf in enumerate(leaves)]
+        return theta, jax.tree.unflatten(treedef, leaves)
+
+    def _place_of_theta(self, theta: Array) -> int | None:
+        """Which leaf of the state is the copy of theta: the first that `init` passes through."""
+        program = jax.make_jaxpr(self.optim.init)(theta).jaxpr
+        return next((k for k, leaf in enumerate(program.outvars) if leaf is program.invars[0]), None)
+
+    def estimate(self, state: Any, theta: Array) -> Array:
+        """See `ThetaStep.estimate`."""
+        del state
+        return theta
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitedStep:
+    """An optax optimiser whose steps are shortened to what the effective sample size allows.
+
+    Args:
+        optim: The optimiser.
+        target_ess: Fraction of effective particles that a step of theta may cost, to first order.
+    """
+
+    optim: optax.GradientTransformation
+    target_ess: float = 0.8
+
+    def init(self, theta: Array) -> Any:
+        """See `ThetaStep.init`."""
+        return self.optim.init(theta)
+
+    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+        """See `ThetaStep.update`."""
+        step, new = self.optim.update(around.gradient, state, theta)
+        return theta + around.admit(shortened(step, around.spread(step), self.target_ess)), new
+
+    def estimate(self, state: Any, theta: Array) -> Array:
+        """See `ThetaStep.estimate`."""
+        del state
+        return theta
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientFlow:
+    """Gradient descent in the particles' own time: ``theta' = theta - ratio * elapsed * g``.
+
+    Discretises ``dx = -grad_x U dt + sqrt(2) dW, dtheta = -ratio * grad F dt``, the two time scales of Marion et al.
+    2024; the learning rate follows the step size of the particles, and its schedule.
+
+    Args:
+        ratio: How much faster theta's time runs than that of the particles; small, theta is slow.
+
+    Raises:
+        ValueError: If the ratio is not positive.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        """Refuse a ratio that is not positive."""
+        if not self.ratio > 0:
+            raise ValueError(f"ratio must be positive, got {self.ratio!r}.")
+
+    def init(self, theta: Array) -> Any:
+        """See `ThetaStep.init`."""
+        del theta
+        return ()
+
+    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+        """See `ThetaStep.update`."""
+        return theta + around.admit(-self.ratio * around.elapsed * around.gradient), state
+
+    def estimate(self, state: Any, theta: Array) -> Array:
+        """See `ThetaStep.estimate`."""
+        del state
+        return theta
