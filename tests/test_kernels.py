@@ -15,6 +15,7 @@ from clouds import (
     follow,
     identity,
     move_all,
+    noise_for,
     partition,
     potential_of,
     skewed_map,
@@ -25,7 +26,8 @@ from jax import random
 from scipy import stats
 
 from numpyro_smcopt.kernels import HMC, MALA, ULA, Point, Preconditioner, RandomWalk
-from numpyro_smcopt.kernels.base import accept, noise
+from numpyro_smcopt.kernels.base import accept
+from numpyro_smcopt.noise import draw_noise
 
 STANDARD_ERRORS = 4.0
 
@@ -54,13 +56,13 @@ def moved(kernel, size, preconditioner=None, thetas=(0.7, 0.7)):
     old, new = (lambda x, t=t: quartic_terms(t, x) for t in thetas)
     blocks = partition(old, 3, joint=True)
     start = 1.3 * random.normal(random.key(0), (NUM, 3))
-    keys = random.split(random.key(1), NUM)
+    noise = noise_for(kernel, random.key(1), start, blocks)
     step = step_of(size, blocks, identity(3) if preconditioner is None else preconditioner)
     old, new = potential_of(old, blocks), potential_of(new, blocks)
-    points, extra = compile_fast(jax.vmap(lambda key, x: kernel.move(key, old.evaluate(x), new, step)))(keys, start)
-    num_uniform = {ULA: 0, HMC: 2}.get(type(kernel), 1)
-    normals, uniforms = jax.vmap(lambda key: noise(key, start[0], num_uniform))(keys)
-    return tuple(map(np.asarray, (start, points.x, extra[:, 0], normals, uniforms)))
+    points, extra = compile_fast(jax.vmap(lambda noise, x: kernel.move(noise, old.evaluate(x), new, step)))(
+        noise, start
+    )
+    return tuple(map(np.asarray, (start, points.x, extra[:, 0], noise.normal, noise.uniform)))
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])
@@ -132,13 +134,6 @@ def test_proposals_without_a_finite_energy_are_rejected():
         np.testing.assert_array_equal(probability, [0.0, 1.0])
 
 
-def test_noise_is_normal_and_uniform():
-    normals, uniforms = jax.vmap(lambda key: noise(key, jnp.zeros(2), 3))(random.split(random.key(0), 5000))
-    assert stats.kstest(np.ravel(normals), "norm").pvalue > 1e-4
-    assert stats.kstest(np.ravel(uniforms), "uniform").pvalue > 1e-4
-    assert np.all(abs(np.corrcoef(np.concatenate([normals, uniforms], 1).T) - np.eye(5)) < 5 / np.sqrt(5000))
-
-
 def test_float32_keeps_the_acceptance_under_a_large_energy():
     """A million terms of size one: the acceptance is formed from differences of terms."""
     terms = lambda x: (x[0] - jnp.linspace(-1, 1, 1_000_000, dtype=x.dtype)) ** 2 / 2 + 1.0  # noqa: E731
@@ -147,13 +142,14 @@ def test_float32_keeps_the_acceptance_under_a_large_energy():
     kernel = RandomWalk()
 
     @compile_fast
-    def move(key, x):
+    def move(noise, x):
         potential = potential_of(terms, blocks)
-        return kernel.move(key, potential.evaluate(x), potential, step_of(5e-7, blocks, identity(1)))[1][0]
+        return kernel.move(noise, potential.evaluate(x), potential, step_of(5e-7, blocks, identity(1)))[1][0]
 
-    probabilities = np.array([move(random.key(k), x) for k, x in enumerate(sizes)])
+    noise = draw_noise(random.key(1), sizes, 1)
+    probabilities = np.array([move(jax.tree.map(lambda v, k=k: v[k], noise), x) for k, x in enumerate(sizes)])
     starts = np.asarray(sizes[:, 0], np.float64)
-    shifts = np.array([np.sqrt(2 * 5e-7) * noise(random.key(k), sizes[0], 1)[0][0] for k in range(8)], np.float64)
+    shifts = np.sqrt(2 * 5e-7) * np.asarray(noise.normal[:, 0], np.float64)
     proposals = np.asarray(np.float32(starts) + np.float32(shifts), np.float64)
     exact = np.exp(np.minimum(0, 1e6 * (starts**2 - proposals**2) / 2))
     assert np.ptp(exact) > 0.3
@@ -241,11 +237,10 @@ def test_hmc_jitters_the_step_size_per_particle_and_block():
     assert blocks.num_blocks == 2
     potential, kernel = potential_of(flat, blocks), HMC(num_leapfrog=1, jitter=0.8)
     step = step_of(1.0, blocks, Preconditioner(jnp.array([1.0, 3.0])))._replace(size=jnp.array([1.0, 0.1]))
-    keys = random.split(random.key(0), 4000)
     start = jnp.zeros((4000, 2))
-    moves = jax.vmap(lambda key, x: kernel.move(key, potential.evaluate(x), potential, step)[0].x)(keys, start)
-    momenta = jax.vmap(lambda key: noise(key, start[0], 4)[0])(keys)
-    eps = np.asarray(moves / momenta) / [1.0, 0.3]
+    noise = draw_noise(random.key(0), start, 4)
+    moves = jax.vmap(lambda noise, x: kernel.move(noise, potential.evaluate(x), potential, step)[0].x)(noise, start)
+    eps = np.asarray(moves / noise.normal) / [1.0, 0.3]
     assert stats.kstest(eps[:, 0], stats.uniform(0.2, 0.8).cdf).pvalue > 1e-4
     assert stats.kstest(eps[:, 1], stats.uniform(0.2, 0.8).cdf).pvalue > 1e-4
     assert abs(np.corrcoef(eps.T)[0, 1]) < 5 / np.sqrt(4000)

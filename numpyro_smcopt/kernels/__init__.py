@@ -7,17 +7,21 @@ from numpyro_smcopt.kernels.hamiltonian import HMC
 from numpyro_smcopt.kernels.langevin import MALA, ULA
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
 from numpyro_smcopt.kernels.random_walk import RandomWalk
+from numpyro_smcopt.kernels.underdamped import MetropolisUnderdamped, Underdamped, VelocityKernel
 
 __all__ = [
     "HMC",
     "MALA",
     "ULA",
     "InvariantKernel",
+    "MetropolisUnderdamped",
     "Point",
     "Potential",
     "Preconditioner",
     "Preconditioning",
     "RandomWalk",
     "Step",
+    "Underdamped",
+    "VelocityKernel",
     "WeightedKernel",
 ]

@@ -11,8 +11,9 @@ increment is ``U_old(x) - U_new(x)`` at the old position.
 ``log L(x | x') - log K(x' | x)`` of the backward and the forward kernel, and the increment is
 ``U_old(x) - U_new(x') + log_ratio``.
 
-A kernel never sees a model: it takes a `Potential`. Where the latents fall into independent blocks, it accepts,
-rejects and scales block by block through `Potential.blocks`; with one block that is the textbook algorithm.
+A kernel never sees a model: it takes a `Potential`. Its randomness is an argument, drawn for the whole cloud at once.
+Where the latents fall into independent blocks, it accepts, rejects and scales block by block through
+`Potential.blocks`; with one block that is the textbook algorithm.
 """
 
 import abc
@@ -21,11 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import random
-from jax.scipy.special import ndtr
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
+from numpyro_smcopt.noise import Noise
 from numpyro_smcopt.types import Array
 
 
@@ -84,12 +84,17 @@ class InvariantKernel(abc.ABC):
     preconditioning: Preconditioning
     num_evaluations: int
 
+    def num_uniforms(self, num_latents: int, num_blocks: int) -> int:
+        """How many uniform random numbers one move of one particle takes; by default one per block, to accept it."""
+        del num_latents
+        return num_blocks
+
     @abc.abstractmethod
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """Move one particle.
 
         Args:
-            rng_key: A key for this particle.
+            noise: The randomness of the move.
             point: The particle, evaluated under ``potential``.
             potential: The target.
             step: Step sizes and preconditioner.
@@ -104,20 +109,28 @@ class WeightedKernel(abc.ABC):
 
     Attributes:
         step_size: Where the step size starts (or stays).
-        target: Fraction of effective particles after a move that the step size is adapted to; ``None`` keeps it.
+        target: Fraction of the effective particles that a move shall keep, to which the step size is adapted; ``None``
+            keeps it.
         preconditioning: How the preconditioner is found.
+        num_evaluations: Evaluations of the potential per move.
     """
 
     step_size: float
     target: float | None
     preconditioning: Preconditioning
+    num_evaluations: int
+
+    def num_uniforms(self, num_latents: int, num_blocks: int) -> int:
+        """How many uniform random numbers one move of one particle takes; by default none."""
+        del num_latents, num_blocks
+        return 0
 
     @abc.abstractmethod
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """Move one particle from the old target to the new one.
 
         Args:
-            rng_key: A key for this particle.
+            noise: The randomness of the move.
             point: The particle, evaluated under the *old* potential, which drives the move.
             potential: The *new* target; the backward kernel belongs to it.
             step: Step sizes and preconditioner, the same for both directions.
@@ -125,16 +138,6 @@ class WeightedKernel(abc.ABC):
         Returns:
             The new point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
         """
-
-
-def noise(rng_key: Array, x: Array, num_uniform: int) -> tuple[Array, Array]:
-    """Standard normals like ``x [D]`` and ``num_uniform`` uniforms, from one call of the generator.
-
-    A generator call costs more to compile than everything else in a move; the uniforms are normals sent through their
-    distribution function.
-    """
-    draws = random.normal(rng_key, (x.shape[0] + num_uniform,), x.dtype)
-    return draws[: x.shape[0]], jnp.maximum(ndtr(draws[x.shape[0] :]), jnp.finfo(x.dtype).tiny)
 
 
 def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Point, Array]:
@@ -151,10 +154,7 @@ def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks:
         The next point and the acceptance probabilities, [B]. A proposal whose energy or ratio is not finite is
         rejected.
     """
-    # Terms are subtracted before they are summed: two large totals would cancel in float32.
-    log_accept = blocks.sum_terms(old.terms - new.terms) + log_ratio
-    log_accept = jnp.where(jnp.isfinite(log_accept), jnp.minimum(log_accept, 0.0), -jnp.inf)
-    accepted = log_uniform < log_accept
+    accepted, log_accept = decide(log_uniform, log_ratio, old, new, blocks)
     if blocks.num_blocks == 1:
         chosen = _where(accepted[0], new, old)
     else:
@@ -165,6 +165,14 @@ def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks:
             jnp.where(of_x, new.grad, old.grad),
         )
     return chosen, jnp.exp(log_accept)
+
+
+def decide(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Array, Array]:
+    """Which blocks `accept` accepts, [B], and the logarithms of their acceptance probabilities, [B]."""
+    # Terms are subtracted before they are summed: two large totals would cancel in float32.
+    log_accept = blocks.sum_terms(old.terms - new.terms) + log_ratio
+    log_accept = jnp.where(jnp.isfinite(log_accept), jnp.minimum(log_accept, 0.0), -jnp.inf)
+    return log_uniform < log_accept, log_accept
 
 
 def _where(accepted: Array, new: Point, old: Point) -> Point:

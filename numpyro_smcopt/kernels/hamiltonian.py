@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept, noise
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
+from numpyro_smcopt.noise import Noise
 from numpyro_smcopt.types import Array
 
 
@@ -52,11 +53,15 @@ class HMC(InvariantKernel):
         """Evaluations of the potential per move."""
         return self.num_leapfrog
 
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def num_uniforms(self, num_latents: int, num_blocks: int) -> int:
+        """See `InvariantKernel.num_uniforms`."""
+        del num_latents
+        return 2 * num_blocks
+
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
         blocks, L = potential.blocks, step.preconditioner
-        momentum, uniform = noise(rng_key, point.x, 2 * blocks.num_blocks)
-        uniform = uniform.reshape(2, blocks.num_blocks)
+        uniform = noise.uniform.reshape(2, blocks.num_blocks)
         eps = blocks.to_coordinates(step.size * (1 - self.jitter * uniform[0]))
 
         def leapfrog(state: tuple[Point, Array], _: None) -> tuple[tuple[Point, Array], None]:
@@ -65,6 +70,6 @@ class HMC(InvariantKernel):
             here = potential.evaluate(here.x + L.apply(eps * p, blocks))
             return (here, p - eps / 2 * L.apply_transpose(here.grad, blocks)), None
 
-        (proposal, end), _ = lax.scan(leapfrog, (point, momentum), None, length=self.num_leapfrog)
-        log_ratio = 0.5 * blocks.sum_coordinates(momentum**2 - end**2)
+        (proposal, end), _ = lax.scan(leapfrog, (point, noise.normal), None, length=self.num_leapfrog)
+        log_ratio = 0.5 * blocks.sum_coordinates(noise.normal**2 - end**2)
         return accept(jnp.log(uniform[1]), log_ratio, point, proposal, blocks)

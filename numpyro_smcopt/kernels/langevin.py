@@ -17,8 +17,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel, accept, noise
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
+from numpyro_smcopt.noise import Noise
 from numpyro_smcopt.types import Array
 
 
@@ -28,7 +29,8 @@ class ULA(WeightedKernel):
 
     Args:
         step_size: ``h``, in the coordinates of the preconditioner.
-        target: Fraction of effective particles after a move that ``h`` is adapted to; ``None`` keeps ``h``.
+        target: Fraction of the effective particles that a move shall keep, to which ``h`` is adapted; ``None`` keeps
+            ``h``.
         preconditioning: How the preconditioner is found; by default the identity.
 
     The weights remove the discretisation bias. They degenerate with dimension: at fixed theta the ESS fraction of one
@@ -40,10 +42,9 @@ class ULA(WeightedKernel):
     preconditioning: Preconditioning = preconditioners.none
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `WeightedKernel.move`."""
-        xi, _ = noise(rng_key, point.x, 0)
-        return _langevin(xi, point, potential, step)
+        return _langevin(noise.normal, point, potential, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +62,10 @@ class MALA(InvariantKernel):
     preconditioning: Preconditioning = preconditioners.diagonal
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
-        xi, uniform = noise(rng_key, point.x, potential.blocks.num_blocks)
-        proposal, log_ratio = _langevin(xi, point, potential, step)
-        return accept(jnp.log(uniform), log_ratio, point, proposal, potential.blocks)
+        proposal, log_ratio = _langevin(noise.normal, point, potential, step)
+        return accept(jnp.log(noise.uniform), log_ratio, point, proposal, potential.blocks)
 
 
 def _langevin(xi: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.weights import weighted_variance
+from numpyro_smcopt.weights import block_moments
 
 SMALLEST_SCALE = 1e-12
 
@@ -87,7 +87,7 @@ class Preconditioning:
 def cloud_variance(preconditioner: Preconditioner, x: Array, log_weights: Array, blocks: Blocks) -> Array:
     """[D] weighted variance of the coordinates ``F^-1 x`` over the particles."""
     z = jax.vmap(lambda one: preconditioner.unfactor(one, blocks))(x)
-    return jax.vmap(weighted_variance, in_axes=1)(blocks.to_coordinates(log_weights), z)
+    return block_moments(log_weights, z, blocks)[1]
 
 
 none = Preconditioning(forgetting=0.0)

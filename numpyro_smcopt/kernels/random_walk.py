@@ -7,8 +7,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept, noise
+from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
+from numpyro_smcopt.noise import Noise
 from numpyro_smcopt.types import Array
 
 
@@ -27,10 +28,11 @@ class RandomWalk(InvariantKernel):
     preconditioning: Preconditioning = preconditioners.diagonal
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, rng_key: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
         blocks = potential.blocks
-        xi, uniform = noise(rng_key, point.x, blocks.num_blocks)
-        shift = step.preconditioner.apply(jnp.sqrt(2 * blocks.to_coordinates(step.size)) * xi, blocks)
+        shift = step.preconditioner.apply(jnp.sqrt(2 * blocks.to_coordinates(step.size)) * noise.normal, blocks)
         proposal = potential.evaluate(point.x + shift)
-        return accept(jnp.log(uniform), jnp.zeros_like(step.size), point, proposal, blocks)
+        # The move needs no gradient, but what follows does: without a finite one the proposal is rejected.
+        finite = jnp.isfinite(blocks.sum_coordinates(proposal.grad))
+        return accept(jnp.log(noise.uniform), jnp.where(finite, 0.0, jnp.nan), point, proposal, blocks)
