@@ -1,0 +1,9 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Where the samples of `ImplicitDiffusion` come from. To add a sampler, write a file beside these."""
+
+from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
+from numpyro_smcopt.samplers.chains import Chains
+from numpyro_smcopt.samplers.euler_maruyama import EulerMaruyama, Gradient, Paths
+
+__all__ = ["Assessed", "Begun", "Chains", "EulerMaruyama", "Gradient", "Paths", "Sampler"]

@@ -1,0 +1,299 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Persistent Markov chains that follow theta, the "infinite-time" sampler.
+
+At every update, after ``theta_k`` has become ``theta'``, each particle makes a few moves of a kernel. With unadjusted
+Langevin (`kernels.ULA`) and the two published orders,
+
+    gradient of the old theta (Marion et al. 2024):   x' = x - h grad_x U_theta_k(x) + sqrt(2h) xi
+    gradient of the new theta (their code):           x' = x - h grad_x U_theta'(x)  + sqrt(2h) xi
+
+the first of which needs a single evaluation per update: that of ``x'`` at ``theta'``, which serves the next gradient in
+theta and the next move. Kernels that accept or reject know only the second.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+
+from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
+from numpyro_smcopt.algorithms import budget
+from numpyro_smcopt.algorithms.gradients import default_theta_step, surrogate_gradient, surroundings
+from numpyro_smcopt.algorithms.particles import equal_draws, evaluator
+from numpyro_smcopt.algorithms.start import (
+    Start,
+    first_cloud,
+    first_step,
+    refuse_hopeless,
+    start_blocks,
+    starts_from_prior,
+    warm_theta,
+    warn_of_unfinished,
+)
+from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
+from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.noise import draw_noise
+from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
+from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
+from numpyro_smcopt.target import Target, flat_terms
+from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.types import Array, Theta
+from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, reweight, uniform_log_weights
+
+Schedule = Callable[[Array], Array]
+"""The number of an update to a factor, as in `optax.schedules`."""
+
+
+class ChainState(NamedTuple):
+    """Particles of `Chains`.
+
+    Attributes:
+        points: [N, ...] evaluated at the present theta.
+        log_weights: [N, B] equal.
+        step: Step sizes and preconditioner.
+        elapsed: [] the last update's moves, in the particles' own time.
+        log_evidence_start: [] ``log Z`` at the start, or zero if the prior cannot be sampled.
+        log_evidence_change: [] running estimate of its change since.
+    """
+
+    points: Point
+    log_weights: Array
+    step: Step
+    elapsed: Array
+    log_evidence_start: Array
+    log_evidence_change: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains(Sampler):
+    """Persistent Markov chains.
+
+    Args:
+        kernel: How a particle moves. `kernels.MALA`, the default, has no bias from its step size and adapts it; the
+            algorithm as published moves by ``kernels.ULA(step_size, target=None)``.
+        moves_per_update: Moves per step of theta: more let the particles keep up with a faster theta.
+        gradient_of_new_theta: For kernels that do not accept or reject: whether the first move of an update follows the
+            gradient at the new theta, at the cost of one more evaluation, or the old one, which is known.
+        schedule: Factor of the step size as a function of the number of the update, for instance
+            ``lambda k: (1 + k) ** -0.5``.
+        init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for particles that cannot be drawn from the
+            prior, or shall not be.
+        partition: How independent blocks are found, for the marginal likelihood; other objectives need one block.
+
+    Raises:
+        TypeError: If the kernel is none.
+        ValueError: If ``moves_per_update`` is not a positive integer.
+    """
+
+    kernel: InvariantKernel | WeightedKernel = MALA()
+    moves_per_update: int = 1
+    gradient_of_new_theta: bool = False
+    schedule: Schedule | None = None
+    init_strategy: Callable | None = None
+    partition: Partition = find_blocks
+    has_energy = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not isinstance(self.kernel, InvariantKernel | WeightedKernel):
+            raise TypeError(f"kernel must be an object from numpyro_smcopt.kernels such as ULA(), got {self.kernel!r}.")
+        moves = self.moves_per_update
+        if isinstance(moves, bool) or not isinstance(moves, int) or moves < 1:
+            raise ValueError(f"moves_per_update must be a positive integer, got {moves!r}.")
+
+    def check(self, target: Target, theta: Theta, objective: Objective) -> None:
+        """See `Sampler.check`."""
+        objective.check(target, theta)
+        if not target.sites.latents:
+            raise ValueError(
+                "The model has no latent sites, so there is nothing to sample. Declare the samples with "
+                "`numpyro.sample` and the energy with `numpyro.factor(name, -energy)`; or, if the model returns the "
+                "drift of a diffusion, pass sampler=samplers.EulerMaruyama(...)."
+            )
+
+    def begin(self, rng_key: Array, start: Start, objective: Objective, num_particles: int | None, warm: bool) -> Begun:
+        """See `Sampler.begin`."""
+        key_blocks, key_cloud = random.split(rng_key)
+        target, theta = start.target, start.theta
+        likelihood = isinstance(objective, MarginalLikelihood)
+        partition = one_block if objective.whole_particles else self.partition
+        blocks = start_blocks(key_blocks, start, partition, self.init_strategy)
+        mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
+        found = warm_theta(start, blocks) if warm and likelihood else None
+        theta, mode = (theta, mode) if found is None else found
+        num = num_particles or budget.default_num_particles(target.work(theta), control_variates=likelihood)
+        first = start.call(("first", num), self._first(num), key_cloud, theta, blocks, mode)
+        particles, num_unfinished, num_stages = first
+        refuse_hopeless(start, particles.points.terms)
+        warn_of_unfinished(start, blocks, num_unfinished, num_stages)
+        return Begun(theta, particles, blocks)
+
+    def _first(self, num: int) -> Callable:
+        def first(
+            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
+        ) -> tuple[ChainState, Array, Array]:
+            kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
+            cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
+            points = cloud.points
+            if self._carries_scores(target, theta, num, blocks):
+                points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
+            zero = jnp.zeros((), points.x.dtype)
+            known = starts_from_prior(target, self.init_strategy)
+            free = -blocks.sum_free_terms(points.terms[0])
+            particles = ChainState(
+                points=points,
+                log_weights=uniform_log_weights(num, blocks.num_blocks, points.x.dtype),
+                step=first_step(self.kernel, cloud.step, kernel),
+                elapsed=zero,
+                log_evidence_start=jnp.sum(cloud.log_evidence) + free if known else zero,
+                log_evidence_change=zero,
+            )
+            return particles, jnp.sum(cloud.unfinished), cloud.num_stages
+
+        return first
+
+    def theta_step(self, target: Target, theta: Theta, particles: ChainState, objective: Objective) -> ThetaStep:
+        """See `Sampler.theta_step`."""
+        evaluations = self.moves_per_update * self.kernel.num_evaluations
+        num, num_blocks = particles.log_weights.shape
+        return default_theta_step(objective, target, theta, num, num_blocks, evaluations)
+
+    def surroundings(
+        self, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, num_updates: Array
+    ) -> Surroundings:
+        """See `Sampler.surroundings`."""
+        _, flat, _ = flat_terms(target, theta)
+        around = surroundings(target, theta, flat, particles.points, particles.log_weights, blocks, num_updates)
+        return around._replace(elapsed=particles.elapsed)
+
+    def advance(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        particles: ChainState,
+        blocks: Blocks,
+        num_updates: Array,
+        objective: Objective,
+        controls: dict[str, Array],
+    ) -> tuple[ChainState, dict[str, Array]]:
+        """See `Sampler.advance`."""
+        del objective
+        points, num = particles.points, particles.points.x.shape[0]
+        adjusted = isinstance(self.kernel, InvariantKernel)
+        evaluate = evaluator(target, theta, points.score is not None)
+        factor = 1.0 if self.schedule is None else self.schedule(num_updates)
+        step = particles.step._replace(size=controls["step_size"] * factor)
+
+        # How far theta has moved, in weights that the particles are not given
+        if adjusted or self.gradient_of_new_theta:
+            here = jax.vmap(evaluate)(points.x)
+        else:
+            here = points._replace(terms=jax.vmap(lambda x: target.terms(theta, x))(points.x))
+        change = incremental_log_weight(points.terms, here.terms, blocks.sum_terms)
+        weighed = reweight(particles.log_weights, change)
+        free = jnp.mean(blocks.sum_free_terms(points.terms - here.terms))
+
+        # Move
+        move = lambda noise, p: self.kernel.move(noise, p, Potential(evaluate, blocks), step)  # noqa: E731
+        num_uniforms = self.kernel.num_uniforms(points.x.shape[1], blocks.num_blocks)
+
+        def body(k: Array, carry: tuple[Point, Array]) -> tuple[Point, Array]:
+            old, _ = carry
+            new, told = jax.vmap(move)(draw_noise(random.fold_in(rng_key, k), old.x, num_uniforms), old)
+            if adjusted:
+                return new, jnp.mean(told, 0)
+            return new, kept_fraction(
+                particles.log_weights, incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
+            )
+
+        moved, quality = lax.fori_loop(0, self.moves_per_update, body, (here, jnp.zeros_like(step.size)))
+        moved, num_lost = _without_lost(moved, points)
+
+        # Adapt
+        adapt = adapt_size if adjusted else adapt_unadjusted_size
+        size = adapt(controls["step_size"], quality, self.kernel.target, num_updates)
+        preconditioner = self.kernel.preconditioning.adapt(step.preconditioner, moved.x, particles.log_weights, blocks)
+        gained = jnp.sum(weighed.log_mean) + free
+        particles = particles._replace(
+            points=moved,
+            step=Step(size, preconditioner),
+            elapsed=jnp.mean(step.size) * self.moves_per_update,
+            log_evidence_change=particles.log_evidence_change + jnp.where(jnp.isfinite(gained), gained, 0.0),
+        )
+        ess = weighed.ess / num
+        diagnostics = {
+            "log_evidence": particles.log_evidence_start + particles.log_evidence_change,
+            "ess": jnp.min(ess),
+            "mean_ess": jnp.mean(ess),
+            "acceptance_rate": jnp.mean(quality) if adjusted else jnp.ones_like(ess[0]),
+            "num_nonfinite": num_lost,
+        }
+        return particles, diagnostics
+
+    def assess(
+        self, rng_key: Array, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, objective: Objective
+    ) -> Assessed:
+        """See `Sampler.assess`."""
+        change = particles.log_evidence_change
+        log_evidence = particles.log_evidence_start + change
+        cloud = Cloud(*particles.points[:3], particles.log_weights, blocks, log_evidence, change)
+        estimate = objective.estimate(Scene(target, theta, target.attached, rng_key), cloud)
+        gradient = surrogate_gradient(target, blocks, theta)(particles.points, estimate)
+        curvature = jnp.asarray(estimate.curvature, gradient.dtype)
+        masked = jnp.asarray(estimate.num_masked, jnp.int32)
+        return Assessed(gradient, estimate.loss, curvature, estimate.diagnostics, masked)
+
+    def adopt(self, target: Target, theta: Theta, particles: ChainState) -> ChainState:
+        """See `Sampler.adopt`."""
+        points = particles.points
+        have = (points.x.shape[1], points.terms.shape[1])
+        need = (target.sites.num_latents, target.sites.num_terms)
+        if have != need:
+            raise ValueError(
+                f"The state has {have[0]} latents and {have[1]} energy terms, but with these arguments the model has "
+                f"{need[0]} and {need[1]}. Data of another shape need a new init."
+            )
+        again = jax.vmap(evaluator(target, theta, points.score is not None))(points.x)
+        return particles._replace(points=again)
+
+    def controls(self, particles: ChainState) -> dict[str, Array]:
+        """See `Sampler.controls`."""
+        return {"step_size": particles.step.size}
+
+    def draw(
+        self, rng_key: Array, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, num: int
+    ) -> dict[str, Array]:
+        """See `Sampler.draw`."""
+        x = equal_draws(rng_key, particles.points.x, particles.log_weights, blocks, num)
+        return jax.vmap(lambda one: target.constrain_latents(theta, one))(x)
+
+    def size(self, particles: ChainState) -> int:
+        """See `Sampler.size`."""
+        return particles.log_weights.shape[0]
+
+    def _carries_scores(self, target: Target, theta: Theta, num: int, blocks: Blocks) -> bool:
+        num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(theta))
+        single = self.moves_per_update * self.kernel.num_evaluations == 1
+        return single and blocks.num_blocks == 1 and num * num_params <= budget.LARGEST_SCORES
+
+
+def _without_lost(moved: Point, before: Point) -> tuple[Point, Array]:
+    """Particles that left for infinity (an unstable step size) start again where others are; how many they were."""
+    sound = (
+        jnp.all(jnp.isfinite(moved.x), 1) & jnp.all(jnp.isfinite(moved.grad), 1) & jnp.all(jnp.isfinite(moved.terms), 1)
+    )
+    num_sound = jnp.sum(sound)
+
+    def mend(points: Point) -> Point:
+        donors = jnp.argsort(~sound)[jnp.arange(len(sound)) % jnp.maximum(num_sound, 1)]
+        chosen = jnp.where(sound, jnp.arange(len(sound)), donors)
+        return jax.tree.map(lambda leaf, old: jnp.where(num_sound > 0, leaf[chosen], old), points, before)
+
+    mended = lax.cond(num_sound == len(sound), lambda points: points, mend, moved)
+    return mended, (len(sound) - num_sound).astype(jnp.int32)
