@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.adaptation import LARGEST_SIZE, SMALLEST_SIZE, adapt_size
+from numpyro_smcopt.adaptation import LARGEST_SIZE, SMALLEST_SIZE, adapt_size, adapt_unadjusted_size
 
 
 def test_without_a_target_the_size_stays():
@@ -35,3 +35,13 @@ def test_size_stays_within_bounds():
     for _ in range(20):
         size = adapt_size(size, jnp.array([0.0, 1.0]), 0.5, 0)
     np.testing.assert_allclose(size, [SMALLEST_SIZE, LARGEST_SIZE], rtol=1e-6)
+
+
+def test_unadjusted_size_finds_the_target_from_either_side():
+    """What a move keeps of the effective particles is ``exp(-(h / unit)^3)``; far too large a step keeps nothing."""
+    unit = jnp.array([1e-3, 1.0, 30.0])
+    size = jnp.full(3, 0.3)
+    for k in range(120):
+        size = adapt_unadjusted_size(size, jnp.exp(-((size / unit) ** 3)), 0.95, k)
+    np.testing.assert_allclose(size, (-np.log(0.95)) ** (1 / 3) * unit, rtol=0.1)
+    np.testing.assert_array_equal(adapt_unadjusted_size(size, jnp.zeros(3), None, 0), size)
