@@ -1,13 +1,14 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Time: many updates in chunks on the device, and between chunks the progress bar.
+"""Time: many updates in chunks on the device, and between chunks the progress bar, checkpoints, the decision to stop.
 
 A chunk is a loop with a traced number of iterations that writes what it records into buffers of a fixed length, so one
 compiled program serves chunks of every length, and nothing that a user sees depends on how a run is cut into chunks.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ import numpy as np
 from jax import lax
 from tqdm.auto import tqdm
 
+from numpyro_smcopt.results import Status
 from numpyro_smcopt.types import Array
 
-CHUNK = 50
+CHUNK = 50  # updates at most
+SECONDS_PER_CHUNK = 0.5
 
 UpdateFn = Callable[[Any], tuple[Any, Any]]
 """``state -> (state, record)``; a record is a pytree of arrays."""
@@ -66,10 +69,11 @@ class ProgressBar:
     Args:
         num_steps: Length of the run.
         describe: Turns the records of a chunk into the text behind the bar.
+        done: Where the bar begins.
     """
 
-    def __init__(self, num_steps: int, describe: Callable[[Any], str]) -> None:
-        self._bar = tqdm(total=num_steps)
+    def __init__(self, num_steps: int, describe: Callable[[Any], str], done: int = 0) -> None:
+        self._bar = tqdm(total=num_steps, initial=done)
         self._describe = describe
 
     def advance(self, steps: int, records: Any) -> None:
@@ -82,33 +86,86 @@ class ProgressBar:
         self._bar.close()
 
 
+class Pause(NamedTuple):
+    """Something that is done every so many updates of a run, on the host.
+
+    Attributes:
+        every: Updates between two pauses, counted from the first update of the run.
+        action: ``(state, records so far, updates so far)``; True ends the run.
+    """
+
+    every: int
+    action: Callable[[Any, Any, int], bool]
+
+
 def run_chunks(
-    run_chunk: Callable[[Any, Array], tuple[Any, Any]], state: Any, num_steps: int, progress: Progress
-) -> tuple[Any, Any, bool]:
-    """Run ``num_steps`` updates.
+    run_chunk: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    num_steps: int,
+    progress: Progress,
+    *,
+    past: Any = None,
+    pauses: Sequence[Pause] = (),
+) -> tuple[Any, Any, Status]:
+    """Update until a run is ``num_steps`` long.
 
     Args:
         run_chunk: The compiled `chunk`, ``(state, num_steps) -> (state, buffers)``.
         state: Where to start.
-        num_steps: How many updates.
+        num_steps: Length of the whole run.
         progress: What to show.
+        past: Records [T, ...] of the updates that led to ``state``, if this run was begun before.
+        pauses: What is done in between, in this order where several fall together.
 
     Returns:
-        The last state, the records as NumPy arrays [T, ...], and whether the run was interrupted from the keyboard
-        (then what was done so far is returned).
+        The last state, the records of the whole run as NumPy arrays [T, ...], and whether the run went to its end
+        (finished), was ended by a pause (converged) or interrupted from the keyboard.
+
+    Raises:
+        KeyboardInterrupt: If the run was interrupted before its first update was done.
     """
-    pieces, done, interrupted = [], 0, False
+    begun = 0 if past is None else _length(past)
+    # One assignment moves on, so that an interrupt finds a state and the records that belong to it.
+    here = _Here(state, () if past is None else (past,), begun)
+    status, pace = Status.FINISHED, 1
     try:
-        while done < num_steps:
-            length = min(CHUNK, num_steps - done)
-            state, buffers = run_chunk(state, jnp.asarray(length, jnp.int32))
-            pieces.append(jax.tree.map(lambda b: np.asarray(b[:length]), jax.device_get(buffers)))  # noqa: B023
-            done += length
-            progress.advance(length, pieces[-1])
+        while here.done < num_steps and status is Status.FINISHED:
+            length = min([pace, num_steps - here.done, *(pause.every - here.done % pause.every for pause in pauses)])
+            start = time.monotonic()
+            following, buffers = run_chunk(here.state, np.int32(length))
+            piece = jax.tree.map(lambda b: np.asarray(b[:length]), jax.device_get(buffers))  # noqa: B023
+            if here.done > begun:  # the first chunk may have waited for the compiler
+                pace = _pace(length, time.monotonic() - start)
+            here = _Here(following, (*here.pieces, piece), here.done + length)
+            progress.advance(length, piece)
+            for pause in pauses:
+                if here.done % pause.every == 0:
+                    here = here._replace(pieces=(_concatenate(here.pieces),))
+                    if pause.action(here.state, here.pieces[0], here.done):
+                        status = Status.CONVERGED
     except KeyboardInterrupt:
-        if not pieces:
+        if not here.done:
             raise
-        interrupted = True
+        status = Status.INTERRUPTED
     finally:
         progress.close()
-    return state, jax.tree.map(lambda *parts: np.concatenate(parts), *pieces), interrupted
+    return here.state, _concatenate(here.pieces), status
+
+
+def _pace(length: int, seconds: float) -> int:
+    """Updates of the next chunk: it takes equally long, so the bar moves and an interrupt is heard at any cost."""
+    return min(max(1, int(SECONDS_PER_CHUNK * length / max(seconds, 1e-6))), CHUNK)
+
+
+class _Here(NamedTuple):
+    state: Any
+    pieces: tuple  # of the records
+    done: int
+
+
+def _length(records: Any) -> int:
+    return len(jax.tree.leaves(records)[0])
+
+
+def _concatenate(pieces: tuple) -> Any:
+    return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
