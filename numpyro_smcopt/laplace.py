@@ -3,19 +3,25 @@
 """Laplace approximation of the latents: modes, curvatures, and a warm start for ``theta``.
 
     pi_theta(x) ~ N(x_hat, H^-1),    x_hat = argmin U_theta,    H = d2U/dx2 (x_hat)
-    -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi)
+    -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi) =: L(theta)
+    dL/dtheta ~ E[ dU/dtheta (x_hat + delta + z) ],    z ~ N(0, H^-1),    delta = -H^-1 E[ dU/dx (x_hat + z) ]
 
 Blocks make it cheap: the Hessians of all blocks come from as many Hessian-vector products as the largest block has
 coordinates, and modes are found by one damped Newton iteration per block, all at once.
 
 The warm start walks to the neighbourhood of the maximum with the step of `theta_step`, the particles being draws from
-the approximation, and ``-log p`` above deciding how far to go. It costs no accuracy (the particles have the last word)
-and makes far starting points harmless.
+the approximation, and ``L`` deciding how far to go. The draws are centred at the mean of the latents rather than at
+their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``L``, and a step
+downhill. It costs no accuracy (the particles have the last word) and makes far starting points harmless.
+
+On the way a scale may fall so far below the noise that the likelihood no longer depends on it (for a standard
+deviation ``s`` of latents the slope in ``log s`` goes to zero as ``s^2``). Such a plateau looks like a maximum to
+everything local, particles included, so the walk does not end before it has looked along the scales for lower ground.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +37,18 @@ MAX_NUMBERS = 4_000_000  # B M^2 up to which Hessian blocks are affordable
 MAX_WIDTH = 1200
 COLUMNS_AT_ONCE = 128
 NEWTON_ITERATIONS = 100
-NEWTON_TOLERANCE = 1e-2  # length of the last Newton step, in posterior standard deviations
+NEWTON_TOLERANCE = 1e-3  # length of the last Newton step, in posterior standard deviations
+NEWTON_PATIENCE = 15  # iterations after which rounding may be what is left: a tenfold length will do
 WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
 SMALLEST_EIGENVALUE = 1e-6  # of the observed information, relative to the complete one
+MOST_STRETCHED = 4.0  # times its length may a step grow while it leads downhill: damped ones are too short
 DAMPING = 0.1  # of scales, relative to the complete information
 GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take over
+STEEP = 0.5  # nats that say that there is no plateau in a direction
+LOOKS = (1.0, 2.0, 4.0, 8.0)  # how far, in units of a log or logit scale
+WORTH_A_JUMP = 0.003  # nats
+MOST_LOOKS = 60
 
 
 def affordable(blocks: Blocks) -> bool:
@@ -143,7 +155,8 @@ def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> M
 
     def going(carry: tuple) -> Array:
         _, _, damping, length, k = carry
-        return jnp.any((length > NEWTON_TOLERANCE) | (damping >= 1e-2)) & (k < NEWTON_ITERATIONS)
+        tolerance = jnp.where(k < NEWTON_PATIENCE, 1.0, 10.0) * NEWTON_TOLERANCE
+        return jnp.any((length > tolerance) | (damping >= 1e-2)) & (k < NEWTON_ITERATIONS)
 
     zeros = jnp.zeros(blocks.num_blocks, x.dtype)
     hessian = jnp.zeros((blocks.num_blocks, blocks.width, blocks.width), x.dtype)
@@ -199,31 +212,64 @@ def expand(
     """
     mode = find_mode(lambda one: terms_fn(theta, one), x, blocks)
     factor, _, half_log_det = factors(mode.hessian)
-    shift = blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
-    draws = mode.x + shift
+    draws = mode.x + blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
+    draws = draws + _skewness_shift(lambda one: terms_fn(theta, one), draws, factor, blocks)
     log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
     gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks, work, matched=True)
+    if not _can_match(normals.shape[0], blocks):
+        correction = _linear_correction(terms_fn, theta, mode.x, factor, normals, blocks)
+        information = information._replace(missing=information.missing + correction)
     return Expansion(mode, jnp.sum(half_log_det), gradient, information)
+
+
+def _skewness_shift(terms_fn: Callable[[Array], Array], draws: Array, factor: Array, blocks: Blocks) -> Array:
+    """[D] from the mode to the mean of the latents: a Newton step for ``E[dU/dx] = 0``; zero if they are Gaussian."""
+    gradient = jnp.mean(jax.vmap(jax.grad(lambda x: jnp.sum(terms_fn(x))))(draws), 0)
+    whitened = jnp.einsum("bij,bi->bj", factor, blocks.gather(gradient, 0.0))  # in posterior standard deviations
+    longest = jnp.max(jnp.abs(whitened), -1, keepdims=True)
+    whitened = jnp.where(jnp.isfinite(longest), whitened / jnp.maximum(longest, 1.0), 0.0)
+    return -blocks.scatter(jnp.einsum("bij,bj->bi", factor, whitened))
+
+
+def _linear_correction(
+    terms_fn: Callable[[Array, Array], Array], theta: Array, x: Array, factor: Array, normals: Array, blocks: Blocks
+) -> Array:
+    """[P, P] what the missing information of the draws lacks of the exact one, as far as the slopes are linear in x.
+
+    The slopes ``dU_b/dtheta ~ J_b (x - x_hat)`` have covariance ``J_b F F^T J_b^T``; the draws have their own.
+    """
+    gradient_in_x = lambda t: jax.grad(lambda x: jnp.sum(terms_fn(t, x)))(x)  # noqa: E731
+    slopes = jnp.moveaxis(jax.jacfwd(gradient_in_x)(theta), 0, 1)  # [P, D]
+    whitened = jnp.einsum("pbi,bij->pbj", blocks.gather(slopes, 0.0), factor, precision="highest")
+    drawn = jnp.einsum("pbj,nbj->pnb", whitened, blocks.gather(normals, 0.0), precision="highest")
+    exact = jnp.einsum("pbj,qbj->pq", whitened, whitened, precision="highest")
+    return exact - jnp.einsum("pnb,qnb->pq", drawn, drawn, precision="highest") / normals.shape[0]
 
 
 def fixed_normals(num: int, blocks: Blocks) -> np.ndarray:
     """[num, D] antithetic standard normals, the same in every run; within a block their second moments are exact.
 
     Exact moments matter where most of the information on a parameter is missing (an intercept that is confounded with
-    its random effects): it is the small difference of two large numbers. Blocks too large for that get unit variances.
+    its random effects): it is the small difference of two large numbers. Blocks too large for that get unit variances,
+    and `expand` corrects the information.
     """
     members = np.asarray(blocks.members)
     num_coordinates = len(blocks.of_coordinate)
     half = np.random.default_rng(20).standard_normal((num // 2, num_coordinates))
     draws = np.concatenate([half, -half])
     draws /= np.sqrt(np.mean(draws**2, 0))
-    if 1 < blocks.width <= num // 4:
+    if blocks.width > 1 and _can_match(num, blocks):
         inside = members < num_coordinates
         padded = np.where(inside, draws[:, np.minimum(members, num_coordinates - 1)], 0.0)  # [num, B, M]
         covariance = np.einsum("nbi,nbj->bij", padded, padded) / num + np.eye(blocks.width) * ~inside[:, None]
         white = np.einsum("bij,nbj->nbi", np.linalg.inv(np.linalg.cholesky(covariance)), padded)
         draws[:, members[inside]] = white[:, inside]
     return draws
+
+
+def _can_match(num: int, blocks: Blocks) -> bool:
+    """Whether ``num`` draws are enough for exact second moments within blocks."""
+    return blocks.width <= num // 4
 
 
 class WarmStart(NamedTuple):
@@ -236,14 +282,14 @@ class WarmStart(NamedTuple):
         converged: Whether the predicted gain of a further step became negligible.
     """
 
-    theta: Array
-    mode: Array
+    theta: np.ndarray
+    mode: np.ndarray
     iterations: int
     converged: bool
 
 
 def warm_start(
-    expand_fn: Callable[[Array, Array], Expansion], theta: Array, x: Array, bounded: np.ndarray
+    expand_fn: Callable[[Any, Any], Expansion], theta: np.ndarray, x: np.ndarray, bounded: np.ndarray
 ) -> WarmStart | None:
     """Walk towards the maximum of the Laplace approximation of the marginal likelihood.
 
@@ -259,30 +305,87 @@ def warm_start(
     here = jax.device_get(expand_fn(theta, x))
     if not _usable(here):
         return None
-    flat = np.asarray(theta)
-    fraction, converged, k = 1.0, False, 1
-    while k < WARM_ITERATIONS:
-        step = fraction * _direction(here, bounded)
-        predicted = -float(step @ here.gradient)
-        if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * fraction:
-            converged = bool(np.isfinite(predicted))
-            break
-        there = jax.device_get(expand_fn(jnp.asarray(flat + step, flat.dtype), jnp.asarray(here.mode.x)))
-        k += 1
+    walk = _Walk(expand_fn, theta, here, bounded)
+    walk.descend()
+    while walk.looks < MOST_LOOKS and walk.look_beyond_plateaus():
+        walk.descend()
+    return WarmStart(walk.theta, np.asarray(walk.here.mode.x), walk.steps + walk.looks, walk.converged)
+
+
+class _Walk:
+    """Where a warm start is; on the host."""
+
+    def __init__(
+        self, expand_fn: Callable[[Any, Any], Expansion], theta: np.ndarray, here: Expansion, bounded: np.ndarray
+    ) -> None:
+        self.expand_fn, self.bounded = expand_fn, bounded
+        self.theta, self.here = theta, here
+        self.steps, self.looks, self.converged = 1, 0, False
+
+    def descend(self) -> None:
+        """Go downhill to the end."""
+        fraction, self.converged = 1.0, False
+        while self.steps < WARM_ITERATIONS:
+            step = self._no_longer(fraction * _direction(self.here, self.bounded))
+            predicted = -float(step @ self.here.gradient)
+            if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * fraction:
+                self.converged = bool(np.isfinite(predicted))
+                return
+            there, change = self._look(step)
+            self.steps += 1
+            if change < 0.0:
+                self._go(step, there)
+                fraction = min(MOST_STRETCHED, 2 * fraction)
+            else:
+                fraction /= 4
+                if fraction < 1e-4:
+                    return
+
+    def _no_longer(self, step: np.ndarray) -> np.ndarray:
+        return step * min(1.0, LONGEST_STEP / max(np.max(np.abs(step[self.bounded]), initial=0.0), 1e-30))
+
+    def look_beyond_plateaus(self) -> bool:
+        """Try long steps along single scales, those the data say least about first; whether one led further down."""
+        complete, missing = (np.diag(v).astype(float) for v in self.here.information[:2])
+        observed = (complete - missing) / np.maximum(np.abs(complete), 1e-30)
+        gone = False
+        for j in np.argsort(observed)[self.bounded[np.argsort(observed)]]:
+            downhill = np.zeros(len(self.theta), self.theta.dtype)
+            downhill[j] = -1.0 if self.here.gradient[j] > 0 else 1.0
+            gone |= self._look_along(downhill) or self._look_along(-downhill)
+        return gone
+
+    def _look_along(self, direction: np.ndarray) -> bool:
+        """Go to the lowest place found along a direction, if it is worth it."""
+        best: tuple[float, float, Any] = (-WORTH_A_JUMP, 0.0, None)
+        for length in LOOKS:
+            if self.looks >= MOST_LOOKS:
+                break
+            there, change = self._look(length * direction)
+            self.looks += 1
+            if change < best[0] - (WORTH_A_JUMP / 3 if best[1] else 0.0):
+                best = (change, length, there)
+            elif best[1] > 0 or change > STEEP:
+                break
+        if best[1] > 0:
+            self._go(best[1] * direction, best[2])
+        return best[1] > 0
+
+    def _look(self, step: np.ndarray) -> tuple[Expansion, float]:
+        """The expansion after a step, and the change of ``L``; infinite where there is no usable one."""
+        theta = np.asarray(self.theta + step, self.theta.dtype)
+        there, here = jax.device_get(self.expand_fn(theta, self.here.mode.x)), self.here
         # The terms are subtracted first: totals of a million observations would cancel.
         change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
-        if _usable(there) and change < 0.0:
-            flat, here, fraction = (flat + step).astype(flat.dtype), there, min(1.0, 2 * fraction)
-        else:
-            fraction /= 4
-            if fraction < 1e-4:
-                break
-    return WarmStart(jnp.asarray(flat), jnp.asarray(here.mode.x), k, converged)
+        return there, float(change) if _usable(there) else np.inf
+
+    def _go(self, step: np.ndarray, there: Expansion) -> None:
+        self.theta, self.here = (self.theta + step).astype(self.theta.dtype), there
 
 
 def _usable(expansion: Expansion) -> bool:
     numbers = (expansion.mode.terms, expansion.half_log_det, expansion.gradient, *expansion.information)
-    return bool(expansion.mode.step < 10 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
+    return bool(expansion.mode.step < 100 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
 
 
 def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
@@ -293,8 +396,5 @@ def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
     scale = 1 / np.sqrt(diagonal)
     observed = (complete - missing + np.diag(DAMPING * bounded * diagonal)) * scale[:, None] * scale
     values, vectors = np.linalg.eigh(observed)
-    step = -scale * (
-        vectors @ ((vectors.T @ (scale * here.gradient)) / np.maximum(np.abs(values), SMALLEST_EIGENVALUE))
-    )
-    longest = np.max(np.abs(step[bounded]), initial=0.0)
-    return step * min(1.0, LONGEST_STEP / max(longest, 1e-30))
+    floored = np.maximum(np.abs(values), SMALLEST_EIGENVALUE)
+    return -scale * (vectors @ ((vectors.T @ (scale * here.gradient)) / floored))

@@ -20,6 +20,7 @@ from jax import lax, random
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step
 from numpyro_smcopt.kernels.preconditioners import Preconditioner
+from numpyro_smcopt.noise import draw_noise
 from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import effective_sample_size, reweight, uniform_log_weights
@@ -39,7 +40,7 @@ class Tempered(NamedTuple):
         log_evidence: [B] estimate of the log evidence of each block.
         step: Step sizes and preconditioner that served the last moves.
         num_stages: [] stages used.
-        unfinished: [] bool, whether some block did not reach temperature one.
+        unfinished: [B] bool, which blocks did not reach temperature one; their energies are still tempered.
         acceptance: [B] mean acceptance of the last move.
     """
 
@@ -89,7 +90,7 @@ def temper(
         moves: Moves per stage.
         final_moves: Moves at temperature one.
     """
-    num_particles = x.shape[0]
+    num_particles, num_uniforms = x.shape[0], kernel.num_uniforms(x.shape[1], blocks.num_blocks)
     equal = uniform_log_weights(num_particles, blocks.num_blocks, x.dtype)
 
     def share(beta: Array) -> Array:
@@ -100,7 +101,7 @@ def temper(
     def stage(carry: tuple) -> tuple:
         points, beta, log_evidence, step, _, k, _ = carry
         key_resample, key_move = random.split(random.fold_in(rng_key, k))
-        last = jnp.all(beta >= 1.0)
+        last = jnp.all(beta >= 1.0) | (k == MAX_STAGES - 1)
 
         # Move
         shares = share(beta)
@@ -113,11 +114,11 @@ def temper(
 
         def move(j: Array, carry: tuple) -> tuple:
             points, size, _ = carry
-            keys = random.split(random.fold_in(key_move, j), num_particles)
+            noise = draw_noise(random.fold_in(key_move, j), points.x, num_uniforms)
             # The spread is taken anew for every move: a cloud that starts in the wrong place says nothing of it.
             now, potential = Step(size, rescaled(preconditioner, points.x, blocks)), Potential(evaluate, blocks)
             points = jax.vmap(evaluate)(points.x)
-            points, acceptance = jax.vmap(lambda key, p: kernel.move(key, p, potential, now))(keys, points)
+            points, acceptance = jax.vmap(lambda noise, p: kernel.move(noise, p, potential, now))(noise, points)
             acceptance = acceptance.mean(0)
             if kernel.target is not None:
                 size = size * jnp.exp(ADAPTATION_RATE * (acceptance - kernel.target))
@@ -130,7 +131,7 @@ def temper(
         # Weigh
         rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, points.terms / shares))
         rest = jnp.where(jnp.isfinite(rest), rest, jnp.inf)
-        increment = _next_increment(rest, 1 - beta, target_ess)
+        increment = _next_increment(rest, jnp.where(last, 0.0, 1 - beta), target_ess)
         weighed = reweight(equal, -increment * rest)
 
         # Resample
@@ -143,10 +144,9 @@ def temper(
 
     zeros = jnp.zeros(blocks.num_blocks, x.dtype)
     points = Point(x, jnp.zeros((num_particles, prior_mask.shape[0]), x.dtype), jnp.zeros_like(x))
-    going = lambda carry: ~carry[6] & (carry[5] < MAX_STAGES)  # noqa: E731
     carry = (points, beta, zeros, step, zeros, 0, jnp.asarray(False))
-    points, beta, log_evidence, step, acceptance, k, last = lax.while_loop(going, stage, carry)
-    return Tempered(points, log_evidence, step, jnp.asarray(k), ~last, acceptance)
+    points, beta, log_evidence, step, acceptance, k, _ = lax.while_loop(lambda carry: ~carry[6], stage, carry)
+    return Tempered(points, log_evidence, step, jnp.asarray(k), beta < 1.0, acceptance)
 
 
 def at_temperature(old: Preconditioner, curvature: Curvature | None, beta: Array, blocks: Blocks) -> Preconditioner:

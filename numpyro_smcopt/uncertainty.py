@@ -85,3 +85,17 @@ def louis_information(
     per_block = jnp.sum(jnp.sum(centred**2, 1) / jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30)[:, None], 0)
     share = jnp.max(per_block) / jnp.maximum(jnp.sum(per_block), 1e-30)
     return gradients[0], Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
+
+
+def fisher_information(scores: Array, log_weights: Array) -> Array:
+    """``Cov_pi( grad_theta U )`` [P, P], the Fisher information of the family ``pi_theta``.
+
+    Args:
+        scores: [N, P] gradients of the energy in theta at the particles.
+        log_weights: [N] their normalised log weights.
+    """
+    weights = jnp.exp(log_weights)
+    scores = jnp.where(weights[:, None] > 0, scores, 0.0)
+    mean = jnp.einsum("n,np->p", weights, scores, precision="highest")  # not `sum`: see `louis_information`
+    centred = (scores - mean) * jnp.sqrt(weights * small_sample_factor(log_weights))[:, None]
+    return jnp.matmul(centred.T, centred, precision="highest")

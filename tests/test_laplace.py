@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import compile_fast, partition
+from scipy.optimize import minimize
 
 from numpyro_smcopt import laplace
 
@@ -150,8 +151,91 @@ def test_expansion_and_warm_start_on_a_random_intercept_far_away():
     assert loss(theta) - loss(exact) < 0.03
 
 
+def test_warm_start_on_crossed_effects_that_are_confounded_with_the_mean():
+    # 30 latents in one block, too many for draws of exact moments; 99.6% of the information on the mean is missing.
+    rng = np.random.default_rng(1)
+    rows, columns = np.repeat(np.arange(24), 6), np.tile(np.arange(6), 24)
+    y = 23 + 0.8 * rng.normal(size=24)[rows] + 1.8 * rng.normal(size=6)[columns] + 0.5 * rng.normal(size=144)
+    data = jnp.asarray(y, jnp.float32)
+
+    def terms(theta, x):
+        mean, *log_sds = theta
+        away = jnp.concatenate([x[:24], x[24:], data - mean - x[:24][rows] - x[24:][columns]])
+        scales = jnp.repeat(jnp.stack(log_sds), np.array([24, 6, 144]), total_repeat_length=174)
+        return away**2 * jnp.exp(-2 * scales) / 2 + scales
+
+    def loss(theta):  # minus the log marginal likelihood: balanced, so the eigenvectors of the covariance are known
+        row, column, noise = np.exp(2 * np.asarray(theta[1:], float))
+        table = y.reshape(24, 6)
+        by_row, by_column = table.mean(1) - table.mean(), table.mean(0) - table.mean()
+        rest = table - table.mean() - by_row[:, None] - by_column
+        parts = [
+            (1, 144 * (table.mean() - theta[0]) ** 2, noise + 6 * row + 24 * column),
+            (23, 6 * np.sum(by_row**2), noise + 6 * row),
+            (5, 24 * np.sum(by_column**2), noise + 24 * column),
+            (115, np.sum(rest**2), noise),
+        ]
+        return sum(size * np.log(variance) + square / variance for size, square, variance in parts) / 2
+
+    blocks = partition(lambda x: terms(jnp.zeros(4), x), 30)
+    assert blocks.num_blocks == 1
+    normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
+    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    found = laplace.warm_start(expand, jnp.array([20.0, 0.0, 0.0, 0.0]), jnp.zeros(30), np.array([False] + 3 * [True]))
+    best = minimize(loss, [23.0, 0.0, 0.0, 0.0], method="BFGS")
+    assert found.converged and found.iterations < 20
+    assert loss(found.theta) - best.fun < 0.01
+
+
 def test_warm_start_gives_up_without_a_usable_approximation():
     blocks = partition(lambda x: x**2, 1, joint=True)
     bad = lambda theta, x: jnp.stack([jnp.nan * x[0] + theta[0]])  # noqa: E731
     expand = lambda theta, x: laplace.expand(bad, theta, x, jnp.array([[1.0], [-1.0]]), blocks, 1)  # noqa: E731
     assert laplace.warm_start(expand, jnp.zeros(1), jnp.zeros(1), np.array([False])) is None
+
+
+def test_gradient_of_the_expansion_is_that_of_its_value_for_skewed_latents():
+    # y_i ~ Poisson(exp(x_i)), x_i ~ N(mean, sd); L(theta) by differences of its value.
+    counts = jnp.array([0.0, 0.0, 1.0, 2.0, 0.0, 5.0])
+
+    def terms(theta, x):
+        mean, log_sd = theta
+        prior = (x - mean) ** 2 * jnp.exp(-2 * log_sd) / 2 + log_sd
+        return jnp.concatenate([prior, jnp.exp(x) - counts * x])
+
+    with jax.enable_x64(True):
+        theta = jnp.array([-0.5, -0.2])
+        blocks = partition(lambda x: terms(theta, x), 6)
+        normals = jnp.asarray(laplace.fixed_normals(4096, blocks))
+        expand = compile_fast(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+
+        def value(theta):
+            there = expand(theta, jnp.zeros(6))
+            return float(jnp.sum(there.mode.terms) + there.half_log_det)
+
+        numerical = [(value(theta + d) - value(theta - d)) / 2e-3 for d in 1e-3 * jnp.eye(2)]
+        found = expand(theta, jnp.zeros(6)).gradient
+        # What is left is of second order in the skewness. Draws around the mode miss the slope in the mean by 0.6.
+        np.testing.assert_allclose(found, numerical, atol=0.1)
+
+
+def test_warm_start_leaves_a_plateau_where_a_scale_is_too_small_to_matter():
+    # y_ij ~ N(x_i, sigma), x_i ~ N(0, sd), from sd = exp(-6): the slope in log sd is about 1e-3 there.
+    m, n = 8, 40
+    rng = np.random.default_rng(3)
+    y = 1.5 * rng.normal(size=n) + 2 * rng.normal(size=(m, n))
+    data = jnp.asarray(y, jnp.float32)
+
+    def terms(theta, x):
+        log_sd, log_sigma = theta
+        prior = x**2 * jnp.exp(-2 * log_sd) / 2 + log_sd
+        return jnp.concatenate([prior, ((data - x) ** 2 * jnp.exp(-2 * log_sigma) / 2 + log_sigma).ravel()])
+
+    sigma2 = np.sum((y - y.mean(0)) ** 2) / (n * (m - 1))
+    sd2 = np.mean(y.mean(0) ** 2) - sigma2 / m
+    start = jnp.array([-6.0, 0.0])
+    blocks = partition(lambda x: terms(start, x), n)
+    normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
+    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    found = laplace.warm_start(expand, start, jnp.zeros(n), np.array([True, True]))
+    np.testing.assert_allclose(found.theta, [np.log(sd2) / 2, np.log(sigma2) / 2], atol=0.02)

@@ -1,0 +1,174 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The log marginal likelihood of any NumPyro model, with an error from one run.
+
+A first population is tempered from the prior to the posterior; it shows where the posterior lies, all modes that the
+prior reaches included. There a reference distribution is put, and weighed draws from it give an unbiased estimate of
+``p(y)``; where they do not suffice, independent tempered populations do (see `reporting.islands`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from numpyro_smcopt import laplace
+from numpyro_smcopt.algorithms import budget, faults
+from numpyro_smcopt.algorithms.programs import Program
+from numpyro_smcopt.algorithms.start import Start, draw_particles, first_cloud, refuse_hopeless, start_blocks
+from numpyro_smcopt.blocks import Blocks, Partition, find_blocks
+from numpyro_smcopt.kernels import HMC, InvariantKernel
+from numpyro_smcopt.reporting.exploration import Cloud, about_draws, explore
+from numpyro_smcopt.reporting.reference import SIZE
+from numpyro_smcopt.target import (
+    StaticArguments,
+    Target,
+    check_init_params,
+    check_start,
+    flat_terms,
+    join_arguments,
+    make_target,
+    split_arguments,
+    strong,
+)
+from numpyro_smcopt.types import Array, Model, Params, Theta
+
+REMEMBERED_MODELS = 32  # whose compiled programs are kept
+
+
+class LogEvidence(NamedTuple):
+    """What `log_evidence` returns.
+
+    Attributes:
+        log_evidence: The log marginal likelihood.
+        log_evidence_std: Its Monte Carlo standard deviation.
+        samples: Draws from the posterior: latent and deterministic sites, [S, ...] each.
+        log_weights: [S] their normalised log weights; equal where the latents fall into several blocks.
+        ess: Effective number of draws, in the worst block.
+        laplace: The Laplace approximation of the log evidence; NaN where there is none.
+        tempered: Whether the draws from the reference did not suffice, so that populations were tempered.
+    """
+
+    log_evidence: float
+    log_evidence_std: float
+    samples: dict[str, Array]
+    log_weights: Array
+    ess: float
+    laplace: float
+    tempered: bool
+
+
+def log_evidence(
+    model: Model,
+    *args: Any,
+    params: Params | None = None,
+    rng_key: Array | None = None,
+    num_particles: int | None = None,
+    kernel: InvariantKernel | None = None,
+    partition: Partition = find_blocks,
+    **kwargs: Any,
+) -> LogEvidence:
+    """The log marginal likelihood ``log p(y)`` of a model, its latents integrated out.
+
+    Args:
+        model: A callable with NumPyro primitives. Latent `numpyro.sample` sites are integrated out; there may be
+            `numpyro.param` sites, or none (a Bayesian model).
+        *args: Arguments of the model.
+        params: Constrained values of all param sites, for instance ``result.params``.
+        rng_key: Randomness (default ``random.key(0)``).
+        num_particles: Draws; rounded up to whole islands, four at least. By default about 12,000, fewer for models
+            whose density is expensive.
+        kernel: Moves particles; by default `kernels.HMC`.
+        partition: How independent blocks are found.
+        **kwargs: Keyword arguments of the model.
+
+    Returns:
+        The estimate, its standard deviation, and draws from the posterior.
+
+    Raises:
+        ValueError: If a param site has no value, or the model cannot be used; the message names the site.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_smcopt import log_evidence
+        >>> def model(y):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 3.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> found = log_evidence(model, jnp.array([1.0, 2.0, 4.5]))
+        >>> round(found.log_evidence, 2)
+        -8.01
+    """
+    arrays, static = split_arguments(args, kwargs)
+    target = make_target(model, *join_arguments(arrays, static))
+    params = {} if params is None else params
+    check_init_params(target.sites.params, params)
+    if missing := [name for name in target.sites.params if name not in params]:
+        raise ValueError(
+            f"log_evidence needs values of all param sites, but params lacks {missing}. Pass params=result.params of a "
+            "fit, or values of your own."
+        )
+    key = random.key(0) if rng_key is None else rng_key
+    key_params, key_blocks, key_cloud, key_draw = random.split(key, 4)
+    program = _programs_of(model)
+    params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf, jnp.result_type(float))), params)
+    params, theta = program("read", Target.initial_params)(static, arrays, key_params, params)
+    check_start(params, theta)
+    start = Start(program, static, arrays, target, theta)
+    kernel = kernel or HMC()
+    blocks = start_blocks(key_blocks, start, partition)
+    cloud = _first_cloud(key_cloud, start, blocks, kernel)
+    num_islands = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
+    found = explore(key_draw, start, params, cloud, kernel, derivatives=False, num_islands=num_islands)
+    faults.warn_of(about_draws(found))
+    return LogEvidence(
+        found.log_evidence,
+        found.std,
+        found.samples,
+        found.log_weights,
+        float(np.min(found.ess)),
+        found.laplace,
+        found.tempered,
+    )
+
+
+def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: InvariantKernel) -> Cloud:
+    """Particles of the posterior, found from the prior."""
+    num = 2 * budget.default_num_particles(start.target.work(start.theta))
+
+    def program(target: Target, rng_key: Array, theta: Theta, blocks: Blocks) -> tuple[Array, Array, Array]:
+        terms_fn, flat, _ = flat_terms(target, theta)
+        at_theta = lambda x: terms_fn(flat, x)  # noqa: E731
+        key_mode, key_cloud = random.split(rng_key)
+        mode = draw_particles(1, target.sites.can_draw_prior, None)(target, key_mode, theta)[0]
+        if laplace.affordable(blocks):
+            mode = laplace.find_mode(at_theta, mode, blocks).x
+        cloud = first_cloud(key_cloud, target, theta, blocks, mode, kernel, num)
+        return cloud.points.x, cloud.points.terms, jnp.sum(cloud.unfinished)
+
+    if start.target.sites.num_latents == 0:
+        return Cloud(jnp.zeros((1, 0)), jnp.zeros((1, 1)), blocks)
+    x, terms, _ = start.call(("first", num, kernel), program, rng_key, start.theta, blocks)
+    refuse_hopeless(start, np.isfinite(np.asarray(terms)))
+    return Cloud(x, jnp.full((num, blocks.num_blocks), -np.log(num), x.dtype), blocks)
+
+
+@functools.lru_cache(maxsize=REMEMBERED_MODELS)
+def _programs_of(model: Model) -> Callable[[Any, Callable], Program]:
+    """Compiles ``function(target, *arguments)`` under a name, as ``(static, arrays, *arguments)``; see `Start`."""
+    programs: dict[Any, Program] = {}
+
+    def program(name: Any, function: Callable) -> Program:
+        if name not in programs:
+
+            def bound(static: StaticArguments, arrays: list[Array], *arguments: Any) -> Any:
+                return function(make_target(model, *join_arguments(arrays, static)), *arguments)
+
+            programs[name] = Program(bound)
+        return programs[name]
+
+    return program

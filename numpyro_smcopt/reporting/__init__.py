@@ -1,0 +1,13 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""From a fit to an answer. From the top down:
+
+assembly         from an exploration to a report: boundaries, warnings
+exploration      fresh particles at a fixed theta, and what they tell
+programs         the compiled parts of it
+islands          independent sets of draws, and the log evidence from them
+transport        latents that move along with theta: derivatives without noise
+reference        a distribution of known density where the posterior lies
+standard_errors  from noisy information to a covariance; singular directions
+report           what a user keeps
+"""

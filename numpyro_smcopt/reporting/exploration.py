@@ -1,0 +1,263 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The log marginal likelihood at a given theta, with an error from one run.
+
+The estimate comes from the draws of a reference distribution that is put where the posterior lies; if they do not
+suffice, from tempered populations (see `islands`). It is unbiased for ``p_theta(y)``, and its standard deviation is
+that of independent islands.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import random
+from numpyro.infer.importance import _psis_khat
+
+from numpyro_smcopt import laplace
+from numpyro_smcopt.algorithms import budget
+from numpyro_smcopt.algorithms.start import Start, starts_from_prior
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.kernels import InvariantKernel
+from numpyro_smcopt.reporting import islands, programs
+from numpyro_smcopt.reporting.reference import draw_uniforms
+from numpyro_smcopt.types import Array, Params
+
+NOISY_EVIDENCE = 0.5  # nats
+FEW_DRAWS = 40.0
+NO_TAIL = 1e-3  # nats between the heaviest fifth of the weights
+HEAVY_TAIL = 0.7
+
+
+class Exploration(NamedTuple):
+    """Fresh particles at a theta, and what they tell; arrays of the host.
+
+    Attributes:
+        fixed: What does not depend on particles.
+        log_evidence: Log marginal likelihood, relative to an unknown constant if ``relative``.
+        std: Its standard deviation: Monte Carlo error and rounding.
+        relative: Whether the prior cannot be drawn from, so that only slopes and samples are known.
+        laplace: The Laplace approximation of the log evidence; NaN if there is none.
+        ess: [B] effective number of draws.
+        tempered: Whether drawing from the reference did not suffice.
+        acceptance: Mean acceptance of the last moves; NaN if nothing was moved.
+        num_unfinished: Blocks of islands that did not reach temperature one.
+        slopes: Derivatives of minus the log marginal likelihood; None if theta is too large, or absent.
+        outer: [P, P] outer product of the scores of independent units, if it was asked for.
+        pareto_k: Tail index of the importance weights in the worst block; NaN if none were used.
+        samples: Latent and deterministic sites, [S, ...].
+        log_weights: [S].
+    """
+
+    fixed: programs.Fixed
+    log_evidence: float
+    std: float
+    relative: bool
+    laplace: float
+    ess: np.ndarray
+    tempered: bool
+    acceptance: float
+    num_unfinished: int
+    slopes: programs.Slopes | None
+    outer: np.ndarray | None
+    pareto_k: float
+    samples: dict[str, Array]
+    log_weights: Array
+
+
+class Cloud(NamedTuple):
+    """Particles of the posterior, from which an exploration starts.
+
+    Attributes:
+        x: [N, D].
+        log_weights: [N, B] normalised log weights.
+        blocks: The partition.
+    """
+
+    x: Array
+    log_weights: Array
+    blocks: Blocks
+
+
+def explore(
+    rng_key: Array,
+    start: Start,
+    params: Params,
+    cloud: Cloud,
+    kernel: InvariantKernel,
+    *,
+    derivatives: bool = True,
+    sandwich: bool = False,
+    continuous: bool = True,
+    init_strategy: Callable | None = None,
+    num_islands: int | None = None,
+) -> Exploration:
+    """Draw fresh particles at ``params`` and weigh them.
+
+    Args:
+        rng_key: Randomness.
+        start: The target, and programs bound to it; ``start.theta`` gives shapes only.
+        params: Constrained.
+        cloud: Particles of the posterior at ``params``, or near it.
+        kernel: Moves particles, should that be necessary.
+        derivatives: Whether derivatives in theta are wanted.
+        sandwich: Whether the outer product of the scores of independent units is wanted, too.
+        continuous: Whether the density is continuous in the latents, so that they may move along with theta.
+        init_strategy: Where particles start, if not in the prior.
+        num_islands: Independent sets of draws, an even number; by default as many as the model's work allows.
+    """
+    sites, blocks = start.target.sites, cloud.blocks
+    if sites.num_latents == 0:
+        return _exact(rng_key, start, params, sandwich)
+    rng = host_generator(rng_key)
+    work = start.target.work(start.theta)
+    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta)) if derivatives else 0
+    order = rng.uniform(size=(2, blocks.num_blocks)).astype(cloud.x.dtype)
+    if not laplace.affordable(blocks):
+        small = 0 < num_params <= budget.LARGEST_INFORMATION
+        return _explore_wide(rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy)
+
+    num = num_islands or budget.num_islands(work)
+    informing = budget.num_informing(num, num_params, work)
+    sandwich = sandwich and informing > 0
+    uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
+    transported = continuous and num_params * blocks.width * work <= budget.TRANSPORT_WORK
+    draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
+    drawn = start.call(*draw, rng_key, uniforms, order, params, cloud.x, cloud.log_weights, blocks)
+    found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
+    rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
+    pareto_k = _pareto_k(np.asarray(drawn.worst_log_weights))
+    tempered = not found.trustworthy
+    acceptance, num_unfinished = np.nan, 0
+    if tempered:
+        num = min(num, budget.TEMPERED_ISLANDS)
+        keys, some = random.split(rng_key, num), uniforms[:num]
+        temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
+        done = jax.device_get(start.call(*temper, keys, some, order, drawn, blocks, found.missed))
+        found = islands.combine_tempered(done.log_evidence)
+        rest, pareto_k = (done.slopes, done.outer, done.samples, done.log_weights), np.nan
+        acceptance, num_unfinished = float(np.mean(done.acceptance)), int(np.sum(done.num_unfinished))
+    fixed, reference = jax.device_get((drawn.fixed, drawn.reference._replace(factor=None, inverse=None)))
+    at_center = -float(np.sum(reference.base, dtype=float))
+    approximation = at_center + float(np.sum(reference.laplace, dtype=float))
+    # The terms themselves are rounded, by half a unit in the last place at best.
+    rounding = float(np.finfo(reference.base.dtype).eps * np.sum(np.abs(reference.base), dtype=float))
+    slopes, outer, samples, log_weights = rest
+    return Exploration(
+        fixed=fixed,
+        log_evidence=approximation + float(np.sum(found.log_evidence)),
+        std=float(np.hypot(np.sqrt(np.sum(found.variance)), rounding)),
+        relative=False,
+        laplace=approximation if np.all(reference.concave) else np.nan,
+        ess=found.ess,
+        tempered=tempered,
+        acceptance=acceptance,
+        num_unfinished=num_unfinished,
+        slopes=slopes,
+        outer=outer,
+        pareto_k=pareto_k,
+        samples=samples,
+        log_weights=log_weights,
+    )
+
+
+def _explore_wide(
+    rng_key: Array,
+    start: Start,
+    params: Params,
+    cloud: Cloud,
+    kernel: InvariantKernel,
+    order: np.ndarray,
+    informing: bool,
+    sandwich: bool,
+    init_strategy: Callable | None,
+) -> Exploration:
+    num_particles = cloud.x.shape[0]
+    build = programs.wide_program(kernel, num_particles, informing, sandwich, init_strategy)
+    wide = ("wide", kernel, num_particles, informing, sandwich), build
+    keys = random.split(rng_key, budget.WIDE_ISLANDS)
+    fixed, done = jax.device_get(start.call(*wide, keys, order, params, cloud.x[0], cloud.blocks))
+    found = islands.combine_tempered(done.log_evidence)
+    known = starts_from_prior(start.target, init_strategy)
+    return Exploration(
+        fixed=fixed,
+        log_evidence=float(np.sum(found.log_evidence) + done.free) if known else np.nan,
+        std=float(np.sqrt(np.sum(found.variance))) if known else np.nan,
+        relative=not known,
+        laplace=np.nan,
+        ess=found.ess,
+        tempered=True,
+        acceptance=float(np.mean(done.acceptance)),
+        num_unfinished=int(np.sum(done.num_unfinished)),
+        slopes=done.slopes,
+        outer=done.outer,
+        pareto_k=np.nan,
+        samples=done.samples,
+        log_weights=done.log_weights,
+    )
+
+
+def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Exploration:
+    call = ("exact", sandwich), programs.exact_program(sandwich)
+    fixed, terms, slopes, outer, (samples, log_weights) = jax.device_get(start.call(*call, rng_key, params))
+    value = -float(np.sum(terms, dtype=float))
+    return Exploration(
+        fixed=fixed,
+        log_evidence=value,
+        std=0.0,
+        relative=False,
+        laplace=value,
+        ess=np.array([np.inf]),
+        tempered=False,
+        acceptance=np.nan,
+        num_unfinished=0,
+        slopes=slopes,
+        outer=outer,
+        pareto_k=np.nan,
+        samples=samples,
+        log_weights=log_weights,
+    )
+
+
+def _pareto_k(log_weights: np.ndarray) -> float:
+    """Shape of the generalised Pareto distribution in the tail of the weights (Vehtari et al. 2024), NumPyro's fit."""
+    finite = np.asarray(log_weights[np.isfinite(log_weights)], float)
+    # The same weight over and over has no tail: the reference is exact.
+    if len(finite) < FEW_DRAWS or np.ptp(np.sort(finite)[-len(finite) // 5 :]) < NO_TAIL:
+        return -np.inf
+    return _psis_khat(finite)
+
+
+def about_draws(found: Exploration) -> list[str]:
+    """What is to be known about the draws themselves, with remedies."""
+    warnings = []
+    if found.num_unfinished:
+        warnings.append(
+            f"{found.num_unfinished} tempered populations did not reach the posterior: the log evidence and everything "
+            "else here is of no use. Rescale the model, or reparametrise it."
+        )
+    if found.relative:
+        warnings.append(
+            "The prior of the latents cannot be drawn from and their blocks are too large for a reference "
+            "distribution, so there is no log evidence."
+        )
+    if np.min(found.ess) < FEW_DRAWS:
+        warnings.append(
+            f"Only {np.min(found.ess):.0f} effective draws in the worst block of latents: errors may be larger than "
+            "stated. Reparametrise the model, or compare with another key."
+        )
+    if found.pareto_k > HEAVY_TAIL:
+        warnings.append(
+            f"The importance weights of the worst block of latents have a heavy tail (Pareto k {found.pareto_k:.2f}): "
+            "errors may be larger than stated. Compare with another key."
+        )
+    if found.std > NOISY_EVIDENCE:
+        warnings.append(f"The log evidence is uncertain by {found.std:.1f} nats.")
+    return warnings
+
+
+def host_generator(rng_key: Array) -> np.random.Generator:
+    """A generator of the host that is seeded by a key."""
+    is_typed = jax.dtypes.issubdtype(rng_key.dtype, jax.dtypes.prng_key)
+    return np.random.default_rng(np.asarray(random.key_data(rng_key) if is_typed else rng_key).ravel().tolist())

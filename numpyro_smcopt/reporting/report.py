@@ -1,0 +1,235 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a fit: estimates with their errors, log evidence, samples, diagnostics. Plain data on the host."""
+
+import dataclasses
+import math
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import numpy as np
+from numpyro.distributions import biject_to, constraints
+from numpyro.distributions.constraints import Constraint
+
+from numpyro_smcopt.types import Array, Params, Theta
+
+DRAWS = 20_000  # for intervals of parameters whose transform mixes coordinates
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """A coordinate whose maximum lies on the boundary of its support.
+
+    Attributes:
+        bound: The boundary, on the constrained scale.
+        values: [J] constrained values, from near the boundary on.
+        drops: [J] by how much the profile log likelihood lies below its maximum there.
+    """
+
+    bound: float
+    values: np.ndarray
+    drops: np.ndarray
+
+    def limit(self, level: float) -> float:
+        """End of the one-sided interval: the likelihood ratio there is significant at ``1 - level``.
+
+        On the boundary the statistic is an equal mixture of 0 and a chi-squared with one degree of freedom (Self and
+        Liang 1987).
+        """
+        drop = NormalDist().inv_cdf(max(level, 0.5)) ** 2 / 2
+        if drop > self.drops[-1]:
+            return math.nan
+        # The drop is quadratic in a scale near zero.
+        return float(np.interp(np.sqrt(drop), np.sqrt(self.drops), self.values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `summarize` returns.
+
+    Attributes:
+        params: The estimate, constrained; NumPy arrays.
+        standard_errors: Like ``params``: standard errors on the constrained scale, by the delta method. NaN where a
+            parameter is not identified or lies on the boundary of its support.
+        covariance: [Q, Q] of the constrained parameters, in the order of ``names``; NaN in the same places.
+        mc_errors: Like ``params``: how far the estimate is from the exact maximum, as a root mean square. This is the
+            error of the computation, which more updates remove; the standard errors are those of the data.
+        names: [Q] ``"beta[0]"`` and so on, the coordinates of ``params`` in the order of ``covariance``.
+        log_evidence: Log marginal likelihood at the estimate.
+        log_evidence_std: Its Monte Carlo standard deviation.
+        num_parameters: Free parameters, directions that are not identified left out.
+        num_observations: Batch elements of the observed sites.
+        samples: Latent and deterministic sites at the estimate, [S, ...] each.
+        log_weights: [S] normalised log weights of the samples; equal where the latents fall into several blocks.
+        ess: Effective number of independent draws behind the report, in the worst block.
+        diagnostics: Numbers behind the warnings, by name.
+        warnings: What is wrong or special, and what to do about it.
+        theta: The estimate, unconstrained.
+        theta_covariance: [P, P] covariance of the flat ``theta``.
+        constraints: Constraint of each param site.
+        boundaries: Coordinates on the boundary of their support, by name.
+        sandwich_covariance: [Q, Q] robust covariance ``I^-1 (sum_u s_u s_u^T) I^-1``, if it was asked for: the units u
+            are the independent blocks, and the observations that depend on no latent (Huber 1967; White 1982).
+    """
+
+    params: Params
+    standard_errors: Params
+    covariance: np.ndarray
+    mc_errors: Params
+    names: tuple[str, ...]
+    log_evidence: float
+    log_evidence_std: float
+    num_parameters: int
+    num_observations: int
+    samples: dict[str, Array]
+    log_weights: Array
+    ess: float
+    diagnostics: dict[str, Any]
+    warnings: tuple[str, ...]
+    theta: Theta
+    theta_covariance: np.ndarray
+    constraints: dict[str, Constraint]
+    boundaries: dict[str, Boundary]
+    sandwich_covariance: np.ndarray | None = None
+
+    @property
+    def sandwich_standard_errors(self) -> Params:
+        """Like ``standard_errors``, but right also where the model is not, given many independent units.
+
+        Raises:
+            ValueError: If the report was made without ``sandwich=True``.
+        """
+        if self.sandwich_covariance is None:
+            raise ValueError("Ask for robust errors: summarize(..., sandwich=True).")
+        return unravel(np.sqrt(np.diag(self.sandwich_covariance)), self.params)
+
+    @property
+    def aic(self) -> float:
+        """``-2 log p + 2 k``; smaller is better."""
+        return -2 * self.log_evidence + 2 * self.num_parameters
+
+    @property
+    def bic(self) -> float:
+        """``-2 log p + k log n``, n being the number of observations; smaller is better."""
+        return -2 * self.log_evidence + self.num_parameters * math.log(max(self.num_observations, 1))
+
+    def confidence_intervals(self, level: float = 0.95) -> Params:
+        """Intervals like ``params``, each leaf [..., 2]: built on the unconstrained scale, where the likelihood is
+        closest to a Gaussian, and mapped back, so they respect the support.
+
+        A parameter on the boundary gets the one-sided interval that starts there; one that is not identified NaN.
+
+        Args:
+            level: Coverage, between 0 and 1.
+
+        Raises:
+            ValueError: If ``level`` is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}.")
+        flat = ravel(self.theta)
+        variance = np.diag(self.theta_covariance)
+        width = NormalDist().inv_cdf((1 + level) / 2) * np.sqrt(np.where(variance > 0, variance, np.nan))
+        low, high = (unravel(end, self.theta) for end in (flat - width, flat + width))
+        draws = np.random.default_rng(0).multivariate_normal(flat, self.theta_covariance, DRAWS, method="eigh")
+        draws = jax.tree.map(lambda v: np.moveaxis(v, -1, 0), unravel(draws.T, self.theta))
+        tails = [(1 - level) / 2, (1 + level) / 2]
+        intervals = {}
+        for name, constraint in self.constraints.items():
+            transform = biject_to(constraint)
+            if acts_elementwise(constraint):
+                ends = [jax.tree.map(transform, end[name]) for end in (low, high)]
+                # A decreasing transform swaps the ends.
+                both = jax.tree.map(lambda a, b: np.sort(np.stack([a, b], -1), -1), *ends)
+            else:
+                both = jax.tree.map(lambda v, t=transform: np.moveaxis(np.quantile(t(v), tails, 0), 0, -1), draws[name])
+            intervals[name] = both
+        flat_ends = ravel(intervals, 2)
+        flat_ends[~np.isfinite(ravel(self.standard_errors))] = np.nan
+        for name, boundary in self.boundaries.items():
+            other = boundary.limit(level)
+            flat_ends[self.names.index(name)] = sorted([boundary.bound, other]) if np.isfinite(other) else [np.nan] * 2
+        return unravel(flat_ends, self.params)
+
+    def print_summary(self, level: float = 0.95) -> None:
+        """Print estimates with errors and intervals, the log evidence, and what is to be known about them.
+
+        Args:
+            level: Coverage of the intervals.
+        """
+        print(self.to_text(level))
+
+    def to_text(self, level: float = 0.95) -> str:
+        """What `print_summary` prints."""
+        tail = 50 * (1 - level)
+        header = ["", "estimate", "std. error", "MC error", f"{tail:.1f}%", f"{100 - tail:.1f}%"]
+        columns = [ravel(v) for v in (self.params, self.standard_errors, self.mc_errors)]
+        ends = ravel(self.confidence_intervals(level), 2)
+        rows = [[name, *values] for name, *values in zip(self.names, *columns, *ends.T, strict=True)]
+        texts = [header] + [[row[0], *(_number(v, row[2]) for v in row[1:])] for row in rows]
+        widths = [max(len(text[k]) for text in texts) for k in range(len(header))]
+        lines = [""]
+        lines += [
+            f"{t[0]:<{widths[0]}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(t[1:], widths[1:], strict=True))
+            for t in texts
+        ]
+        lines += [
+            "",
+            f"log evidence  {self.log_evidence:.3f} (MC error {self.log_evidence_std:.2g})",
+            f"AIC {self.aic:.2f}   BIC {self.bic:.2f}   {self.num_parameters} parameters, "
+            f"{self.num_observations} observations, {self.ess:.0f} effective draws",
+        ]
+        lines += [f"Note: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def ravel(tree: Any, trailing: int | None = None) -> np.ndarray:
+    """The leaves of a tree side by side, [Q]; with ``trailing`` the last axis of that length is kept, [Q, trailing]."""
+    shape = (-1,) if trailing is None else (-1, trailing)
+    leaves = [np.asarray(leaf, float).reshape(shape) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros((0, *shape[1:]))
+
+
+def unravel(values: np.ndarray, like: Any) -> Any:
+    """[Q, ...] as a tree whose leaves have the shapes of ``like``, further axes behind."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1].astype(int)
+    pieces = np.split(np.asarray(values), ends)
+    shaped = [piece.reshape((*np.shape(leaf), *values.shape[1:])) for piece, leaf in zip(pieces, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped)
+
+
+def coordinate_names(tree: Any) -> tuple[str, ...]:
+    """``"beta[0]"``, ``"cov[1,0]"``, one for each number in a tree, in the order of `ravel`."""
+    names: list[str] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        site = str(path[0].key) + "".join(f".{_key(key)}" for key in path[1:])
+        names += [site + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(np.shape(leaf))]
+    return tuple(names)
+
+
+def acts_elementwise(constraint: Constraint) -> bool:
+    """Whether each constrained number comes from one unconstrained number."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    transform = biject_to(constraint)
+    return transform.domain.event_dim == 0 and transform.codomain.event_dim == 0
+
+
+def _line(text: list[str], widths: list[int]) -> str:
+    first, *rest = (f"{v:>{w}}" for v, w in zip(text, widths, strict=True))
+    return "  ".join([f"{text[0]:<{len(first)}}", *rest])
+
+
+def _key(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
+
+
+def _number(value: float, scale: float) -> str:
+    """Three digits of the standard error, or four of the value."""
+    if not np.isfinite(value):
+        return "-"
+    size = scale if np.isfinite(scale) and scale > 0 else abs(value)
+    digits = int(np.clip(2 - np.floor(np.log10(size)), 0, 8)) if size > 0 else 2
+    return f"{value:.{digits}f}"

@@ -1,0 +1,122 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""From scores and information with Monte Carlo noise to a covariance: which directions are known, and how well.
+
+    Cov(theta_hat) = I^-1        distance to the maximum = -I^-1 score
+
+A direction whose information cannot be told from zero is not inverted but named: a rotation of loadings, two
+parameters of which only the sum matters, a leaf that a prior has replaced. Everything happens on the host, in double
+precision; the information comes from independent islands, whose spread is its Monte Carlo error.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
+SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
+PART = 1e-4  # squared component in a singular direction, above which a coordinate is not identified
+SHOWN_PART = 0.05
+
+
+class Curvature(NamedTuple):
+    """What is known of the maximum, in P unconstrained coordinates.
+
+    Attributes:
+        covariance: [P, P]; zero in the rows of coordinates that are not identified.
+        identified: [P] of bool.
+        steps: [R, P] the way to the maximum as each island sees it, ``-I^-1 score``.
+        score_z: [P] mean score over its Monte Carlo standard error; 0 where both vanish.
+        noise: [P] relative Monte Carlo standard deviation of the standard errors.
+        singular: Descriptions of the directions without information.
+        num_singular: How many there are.
+        indefinite: Whether the information is significantly negative in some direction.
+    """
+
+    covariance: np.ndarray
+    identified: np.ndarray
+    steps: np.ndarray
+    score_z: np.ndarray
+    noise: np.ndarray
+    singular: tuple[str, ...]
+    num_singular: int
+    indefinite: bool
+
+
+def curvature_of(
+    score: np.ndarray,
+    information: np.ndarray,
+    complete: np.ndarray,
+    names: Sequence[str],
+    held: np.ndarray | None = None,
+) -> Curvature:
+    """Invert what can be inverted.
+
+    Args:
+        score: [R, P] gradient of minus the log likelihood, from each of R islands.
+        information: [R, P, P] its Hessian.
+        complete: [P] diagonal of the complete-data information, which sets the scale.
+        names: [P] of the coordinates.
+        held: [P] of bool, coordinates that are held at a boundary.
+    """
+    size = score.shape[1]
+    score, information = np.asarray(score, float), np.asarray(information, float)
+    mean_score, mean = score.mean(0), information.mean(0)
+    complete = np.abs(np.asarray(complete, float))
+    held = np.zeros(size, bool) if held is None else held
+    dead = (complete <= 0) | ~np.isfinite(complete)
+    used = np.flatnonzero(~held & ~dead & np.all(np.isfinite(information), axis=(0, 2)))
+
+    # In units of the complete-data information
+    scale = 1 / np.sqrt(complete[used])
+    scaled = information[:, used][:, :, used] * scale[:, None] * scale
+    scaled = (scaled + scaled.transpose(0, 2, 1)) / 2
+    values, vectors = np.linalg.eigh(scaled.mean(0))
+    each = np.einsum("ik,rij,jk->rk", vectors, scaled, vectors)
+    noise = mean_and_error(each)[1]
+    singular = ~(values > np.maximum(NOISE * noise, SMALLEST_SHARE))
+    indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE)))
+
+    kept = ~singular
+    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T * scale[:, None] * scale
+    parts = np.sum(vectors[:, singular] ** 2, 1)
+    identified = np.zeros(size, bool)
+    identified[used] = parts < PART
+    covariance = np.zeros((size, size))
+    covariance[np.ix_(used, used)] = inverse
+    # d(C) = -C dI C, and a standard error is half as sensitive as a variance.
+    spread = np.einsum("ij,rjk,ki->ri", covariance, information - mean, covariance)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        se_noise = mean_and_error(spread)[1] / (2 * np.diag(covariance))
+        score_z = np.where(mean_score != 0, mean_score / mean_and_error(score)[1], 0.0)
+    usable = identified[:, None] & identified
+    return Curvature(
+        np.where(usable, covariance, 0.0),
+        identified,
+        -score @ np.where(usable, covariance, 0.0),
+        score_z,
+        np.where(identified, se_noise, np.nan),
+        tuple(
+            [f"{names[i]} does not reach the density" for i in np.flatnonzero(dead & ~held).tolist()]
+            + [_describe(vectors[:, k], [names[i] for i in used.tolist()]) for k in np.flatnonzero(singular)]
+        ),
+        int(np.sum(singular) + np.sum(dead & ~held)),
+        indefinite,
+    )
+
+
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over R independent values [R, ...] and its standard error, which is 0 for a single one."""
+    num = len(values)
+    error = values.std(0, ddof=1) / np.sqrt(num) if num > 1 else np.zeros(values.shape[1:])
+    return values.mean(0), error
+
+
+def _describe(direction: np.ndarray, names: Sequence[str]) -> str:
+    order = np.argsort(-np.abs(direction), kind="stable").tolist()
+    shown = [names[i] for i in order if direction[i] ** 2 > SHOWN_PART][:6]
+    more = int(np.sum(direction**2 > PART)) - len(shown)
+    if len(shown) == 1 and more <= 0:
+        return shown[0]
+    return "a combination of " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
