@@ -8,40 +8,71 @@ Declare what is to be estimated with `numpyro.param` and what is to be integrate
 
 Map of the package, from the top down:
 
-    algorithms/      SMCOptimizer; base: what algorithms share
+    inference_data   to ArviZ
+    plots            pictures (imported by its name, because it needs Matplotlib)
+    comparison       models beside one another, likelihood-ratio tests
+    evidence         log marginal likelihood of any model
+    handlers         what steers updates from outside: control, adaptation of step sizes, limits of theta
+    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion; base, start, particles: what they share
+    samplers/        where the samples of ImplicitDiffusion come from
+    reporting/       standard errors, intervals, log evidence, samples of a fit
     laplace          modes and curvatures of the latents, the warm start of theta
-    theta_step       how theta moves
-    objectives       what is minimised
+    theta_step/      how theta moves
+    theta_momentum, latent_momentum    how theta and the particles move with momentum
+    objectives/      what is minimised: marginal likelihood, reward, divergences, energy-based likelihood
     uncertainty      information from particles
     control_variates weights that take the noise out of the gradient
     loop             many updates, progress
+    convergence      whether a run has arrived
+    checkpoint       runs in files
+    adaptation       rules: (state, observed) -> state
     tempering        from the prior to the posterior
-    target           NumPyro model -> energy terms; the only file that traces models
+    target/          NumPyro model -> energy terms; the only folder that traces models
     results          what a user keeps
     kernels/         Markov moves of one particle
     resampling       four schemes
     effects          sites and handlers; the only file that touches the handler stack
+    noise            random numbers of a whole cloud at once
     weights          weights, effective sample size, log evidence
     blocks           groups of independent latents
     types            the glossary
 """
 
-from numpyro_smcopt import kernels, objectives, resampling
+from numpyro_smcopt import handlers, kernels, objectives, resampling, samplers
+from numpyro_smcopt.algorithms.implicit_diffusion import ImplicitDiffusion
+from numpyro_smcopt.algorithms.momentum_particle_mle import Damping, MomentumParticleMLE
 from numpyro_smcopt.algorithms.smc_optimizer import SMCOptimizer
 from numpyro_smcopt.blocks import find_blocks, one_block
+from numpyro_smcopt.comparison import compare, likelihood_ratio_test
+from numpyro_smcopt.convergence import EarlyStop
+from numpyro_smcopt.evidence import LogEvidence, log_evidence
+from numpyro_smcopt.inference_data import to_arviz
+from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult, Status
 from numpyro_smcopt.target import latents_to_params
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Damping",
+    "EarlyStop",
+    "ImplicitDiffusion",
+    "LogEvidence",
+    "MomentumParticleMLE",
+    "Report",
     "RunResult",
     "SMCOptimizer",
     "Status",
+    "compare",
     "find_blocks",
+    "handlers",
     "kernels",
     "latents_to_params",
+    "likelihood_ratio_test",
+    "log_evidence",
     "objectives",
     "one_block",
     "resampling",
+    "samplers",
+    "to_arviz",
 ]

@@ -13,7 +13,7 @@ whole partition with a few directional derivatives, whenever data have changed.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ SEARCH_LIMIT = 3e8  # disturbances times K that a search may take
 TABLE_WIDTH_LIMIT = 24  # terms per block up to which sums are unrolled gathers (several times faster than scatters)
 
 
-ProbeFn = Callable[[Array, Array], tuple[Array, Array]]
+ProbeFn = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
 """Points and tangents, both [R, D], to energy terms and their directional derivatives, both [R, K]."""
 
 
@@ -153,12 +153,21 @@ def find_blocks(probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.nd
     return one_block(*arguments) if found is None else found
 
 
+def probe_rows(num_coordinates: int) -> int:
+    """How many points `find_blocks` has evaluated at once."""
+    return KINDS * _masks_per_call(num_coordinates)
+
+
+def _masks_per_call(num_coordinates: int) -> int:
+    return max(1, min(PROBE_MASKS, num_coordinates))
+
+
 class _Prober:
     """Which terms react when sets of coordinates are disturbed: masks ``[R, D]`` to ``[R, K]``."""
 
     def __init__(self, probe: ProbeFn, points: np.ndarray) -> None:
         num = points.shape[-1]
-        self.size = max(1, min(PROBE_MASKS, num))
+        self.size = _masks_per_call(num)
         self._probe, self._points = probe, np.asarray(points)
         rng = np.random.default_rng(0)
         self._push = np.asarray(rng.uniform(1.0, 2.0, num), self._points.dtype)
@@ -198,7 +207,7 @@ class _Prober:
         return moved | np.any([_far(values[k], self._base[0]) for k in (0, 2, 3, 4)], 0)
 
     def _evaluate(self, rows: np.ndarray, tangents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        values, slopes = self._probe(jnp.asarray(rows), jnp.asarray(tangents, rows.dtype))
+        values, slopes = self._probe(rows, np.asarray(tangents, rows.dtype))
         return np.asarray(values), np.asarray(slopes)
 
 
@@ -281,7 +290,8 @@ def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:
     slots = np.empty(len(of_coordinate), int)
     filled = members < len(of_coordinate)
     slots[members[filled]] = np.flatnonzero(filled)
-    return Blocks(*(jnp.asarray(v, jnp.int32) for v in (of_coordinate, of_term, members, slots, terms)))
+    tables = (of_coordinate, of_term, members, slots, terms)
+    return Blocks(*(jax.device_put(np.asarray(table, np.int32)) for table in tables))
 
 
 def _table(owner: np.ndarray, num: int, fill: int) -> np.ndarray:

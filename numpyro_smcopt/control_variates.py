@@ -19,12 +19,14 @@ The identity needs a density that is continuous in x. Source: Mira, Solgi and Im
 2017; calibration as in Deville and Sarndal 1992.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.weights import weighted_mean, weighted_variance
+from numpyro_smcopt.weights import block_moments
 
 PARTICLES_PER_VARIATE = 8
 RIDGE = 1e-4
@@ -43,35 +45,38 @@ def calibrated_weights(x: Array, grad: Array, log_weights: Array, blocks: Blocks
         [N, B] weights that sum to one per block; some may be negative. The plain weights if N is too small.
     """
     num_particles = x.shape[0]
-    half = num_particles // 2
     variates = _variates(x, grad, log_weights, blocks, num_particles // PARTICLES_PER_VARIATE)
     if variates is None:
         return jnp.exp(log_weights)
-    split = (slice(0, half), slice(half, None))
-    logs = [jax.nn.log_softmax(log_weights[part], axis=0) for part in split]
+    variates, weights = _halves(variates, 0.0), jax.nn.softmax(_halves(log_weights, -jnp.inf), axis=1)
     # A half without weight has nothing to say.
-    usable = jnp.all(jnp.isfinite(jnp.stack([w.max(0) for w in logs])), 0)
-    weights = [jnp.where(usable, jnp.exp(w), 1 / w.shape[0]) for w in logs]
-    means = [jnp.einsum("nb,nbc->bc", w, variates[part]) for w, part in zip(weights, split, strict=True)]
-    pieces = []
-    for mine, part, mean, other in zip(weights, split, means, means[::-1], strict=True):
-        centred = variates[part] - mean
-        covariance = jnp.einsum("nb,nbc,nbd->bcd", mine, centred, centred)
-        diagonal = jnp.diagonal(covariance, axis1=1, axis2=2)
-        covariance = covariance + RIDGE * (diagonal + 1e-3)[:, :, None] * jnp.eye(mean.shape[-1], dtype=x.dtype)
-        slope = jnp.linalg.solve(covariance, other[..., None])[..., 0]
-        pieces.append(mine * (1 - jnp.einsum("nbc,bc->nb", centred, slope)) / 2)
-    calibrated = jnp.concatenate(pieces)
+    usable = jnp.all(jnp.isfinite(weights), (0, 1))
+    weights = jnp.where(usable, weights, 1 / weights.shape[1])
+    einsum = partial(jnp.einsum, precision="highest")
+    mean = einsum("hnb,hnbc->hbc", weights, variates)
+    centred = variates - mean[:, None]
+    covariance = einsum("hnbc,hnbd->hbcd", weights[..., None] * centred, centred)
+    ridge = RIDGE * (jnp.diagonal(covariance, axis1=2, axis2=3) + 1e-3)
+    factor = jnp.linalg.cholesky(covariance + ridge[..., None] * jnp.eye(mean.shape[-1], dtype=x.dtype))
+    slope = jax.scipy.linalg.cho_solve((factor, True), mean[::-1, ..., None])[..., 0]
+    calibrated = weights * (1 - einsum("hnbc,hbc->hnb", centred, slope)) / 2
+    calibrated = calibrated.reshape(-1, blocks.num_blocks)[:num_particles]
     sound = usable & jnp.all(jnp.isfinite(calibrated), 0)
     return jnp.where(sound, calibrated, jnp.exp(log_weights))
+
+
+def _halves(values: Array, fill: float) -> Array:
+    """[N, ...] to [2, N / 2, ...], filled up if N is odd."""
+    if values.shape[0] % 2:
+        values = jnp.concatenate([values, jnp.full((1, *values.shape[1:]), fill, values.dtype)])
+    return values.reshape(2, -1, *values.shape[1:])
 
 
 def _variates(x: Array, grad: Array, log_weights: Array, blocks: Blocks, most: int) -> Array | None:
     """[N, B, C] as many control variates per block as ``most`` allows, in the order of their use."""
     width = blocks.width
-    of_x = blocks.to_coordinates(log_weights)
-    mean = jax.vmap(weighted_mean, in_axes=1)(of_x, x)
-    scale = jnp.sqrt(jnp.maximum(jax.vmap(weighted_variance, in_axes=1)(of_x, x), 1e-30))
+    mean, variance = block_moments(log_weights, x, blocks)
+    scale = jnp.sqrt(jnp.maximum(variance, 1e-30))
     z, v = blocks.gather((x - mean) / scale, 0.0), blocks.gather(grad * scale, 0.0)  # [N, B, M]
     present = (blocks.members < x.shape[1]).astype(x.dtype)
     own = 2 * (z * v - present)

@@ -12,6 +12,7 @@ class Status(enum.Enum):
     """How a run ended."""
 
     FINISHED = "finished"
+    CONVERGED = "converged"
     INTERRUPTED = "interrupted"
     WEIGHTS_COLLAPSED = "weights collapsed"
     NON_FINITE = "non-finite potential"

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from numpyro_smcopt.blocks import Blocks
+
 
 def uniform_log_weights(num_particles: int, num_blocks: int | None = None, dtype: DTypeLike | None = None) -> jax.Array:
     """Equal log weights ``-log N``, of shape [N, B], or [N] without ``num_blocks``.
@@ -44,6 +46,28 @@ def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     dead = ~jnp.any(alive, axis=0)
     _, ess = _log_sum_and_ess(_or_equal(dead, jnp.where(alive, log_weights, -jnp.inf)))
     return jnp.where(dead, 0.0, ess)
+
+
+def kept_fraction(log_weights: jax.Array, log_increment: jax.Array) -> jax.Array:
+    """``(sum_i w_i G_i)^2 / sum_i w_i G_i^2``: what one reweighting keeps of the effective particles, in [0, 1].
+
+    The conditional effective sample size of Zhou, Johansen and Aston 2016, as a fraction. Unlike the effective sample
+    size it does not charge a step for the weights that it was given.
+
+    Args:
+        log_weights: [N, B] normalised.
+        log_increment: [N, B] ``log G``; NaN and infinity count as ``G = 0``.
+
+    Returns:
+        [B]; 0 where nothing is left.
+    """
+    log_increment = jnp.where(jnp.isfinite(log_increment), log_increment, -jnp.inf)
+    top = jnp.max(jnp.where(jnp.isfinite(log_weights), log_increment, -jnp.inf), axis=0)
+    log_increment -= jnp.where(jnp.isfinite(top), top, 0.0)  # else two huge logarithms would cancel
+    first = jax.nn.logsumexp(log_weights + log_increment, axis=0)
+    second = jax.nn.logsumexp(log_weights + 2 * log_increment, axis=0)
+    alive = jnp.isfinite(first)
+    return jnp.where(alive, jnp.clip(jnp.exp(2 * jnp.where(alive, first, 0.0) - second), 0.0, 1.0), 0.0)
 
 
 class Reweighted(NamedTuple):
@@ -90,12 +114,11 @@ def reweight(log_weights: jax.Array, log_increment: jax.Array) -> Reweighted:
     new = _or_equal(collapsed, jnp.where(kept, log_weights + log_increment, -jnp.inf))
     # Summing the old weights, though they sum to one, removes their rounding: -log N is off by the same amount
     # after every resampling, which would add up over a run, and with it an increment of 0 changes nothing, exactly.
-    log_old_sum, _ = _log_sum_and_ess(old)
-    log_sum, ess = _log_sum_and_ess(new)
+    log_sums, ess = _log_sum_and_ess(jnp.stack([old, new], axis=1))
     return Reweighted(
-        log_weights=new - log_sum,
-        log_mean=log_sum - log_old_sum,
-        ess=jnp.where(collapsed, 0.0, ess),
+        log_weights=new - log_sums[1],
+        log_mean=log_sums[1] - log_sums[0],
+        ess=jnp.where(collapsed, 0.0, ess[1]),
         num_nonfinite=jnp.sum(alive & ~kept, dtype=jnp.int32),
         collapsed=collapsed,
     )
@@ -168,6 +191,21 @@ def weighted_covariance(log_weights: jax.Array, values: jax.Array, other: jax.Ar
     right = _centred(weights, values) if other is None else _centred(_particle_weights(log_weights, other), other)
     # By default accelerators multiply matrices with ten bits, too few for a covariance that will be inverted.
     return _small_sample_factor(weights) * jnp.tensordot(left, right, axes=(0, 0), precision="highest")
+
+
+def block_moments(log_weights: jax.Array, values: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """`weighted_mean` and `weighted_variance` of every coordinate under the weights of its block, both [D].
+
+    Args:
+        log_weights: [N, B] normalised.
+        values: [N, D].
+        blocks: The partition.
+    """
+    of_block = jnp.exp(log_weights)
+    weights, factor = blocks.to_coordinates(of_block), jax.vmap(_small_sample_factor, in_axes=1)(of_block)
+    values = jnp.where(weights > 0.0, values, 0.0)
+    mean = jnp.sum(weights * values, axis=0)
+    return mean, blocks.to_coordinates(factor) * jnp.sum(weights * (values - mean) ** 2, axis=0)
 
 
 def small_sample_factor(log_weights: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import random
 
 from numpyro_smcopt.blocks import find_blocks, one_block
 from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Preconditioner, Step
+from numpyro_smcopt.noise import draw_noise
 from numpyro_smcopt.resampling import systematic, when_ess_below
 from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
 
@@ -60,10 +61,15 @@ def skewed_map(blocks, seed=0):
     return Preconditioner(*map(jnp.asarray, (scale, factor, np.linalg.inv(factor))))
 
 
+def noise_for(kernel, rng_key, x, blocks):
+    """Noise for one move of a cloud [N, D]."""
+    return draw_noise(rng_key, x, kernel.num_uniforms(x.shape[1], blocks.num_blocks))
+
+
 def move_all(kernel, rng_key, points, potential, step):
     """Move a cloud [N, ...]; what it adds to the log weights [N, B], and the acceptances [N, B] where there are any."""
-    keys = random.split(rng_key, points.x.shape[0])
-    new, extra = jax.vmap(lambda key, point: kernel.move(key, point, potential, step))(keys, points)
+    noise = noise_for(kernel, rng_key, points.x, potential.blocks)
+    new, extra = jax.vmap(lambda noise, point: kernel.move(noise, point, potential, step))(noise, points)
     if isinstance(kernel, InvariantKernel):
         return new, jnp.zeros_like(extra), extra
     return new, incremental_log_weight(points.terms, new.terms, potential.blocks.sum_terms, extra), None
@@ -112,8 +118,8 @@ def follow(
         if isinstance(kernel, InvariantKernel):
             here, ratio = jax.vmap(new.evaluate)(points.x), 0.0
         else:
-            keys = random.split(key_move, num_particles)
-            here, ratio = jax.vmap(lambda key, point: kernel.move(key, point, new, step))(keys, points)
+            noise = noise_for(kernel, key_move, points.x, blocks)
+            here, ratio = jax.vmap(lambda noise, point: kernel.move(noise, point, new, step))(noise, points)
         change = incremental_log_weight(points.terms, here.terms, blocks.sum_terms, share_of_ratio * ratio)
         weighed = reweight(log_weights, change)
         points, log_weights = select(key_resample, here, weighed.log_weights)

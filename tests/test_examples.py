@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and so does the README's first program."""
+"""The examples run as a user runs them; test_docs.py runs the programs of README and documentation."""
 
 import os
 import re
@@ -29,13 +29,3 @@ def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
         row = rf"^{re.escape(label)} +(\S+) +(\S+)$"
         estimate, published = map(float, re.search(row, done.stdout, re.MULTILINE).groups())
         assert abs(estimate) < 1e6 and abs(published) < 1e6
-
-
-def test_readme_program_runs():
-    program, *others = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert not others
-    assert program.count("1000, days") == 1
-    quick = program.replace("1000, days", "20, days") + "\nprint(sorted(result.params), result.losses.shape)\n"
-    done = run_python("-c", quick)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "['intercept', 'sd', 'sigma', 'slope'] (20,)"

@@ -192,6 +192,14 @@ def test_another_grouping_in_a_jitted_loop_is_no_silent_matter(loop):
         optimizer.get_params(state)
 
 
+def test_after_another_grouping_the_right_data_go_on_as_if_nothing_had_been(loop):
+    optimizer, state, jitted = loop
+    disturbed, _ = jitted(state, OTHER_GROUP, Y)
+    for y in [Y, OTHER_Y]:
+        same(jitted(disturbed, GROUP, y), jitted(state, GROUP, y))
+    optimizer.get_params(jitted(disturbed, GROUP, Y)[0])
+
+
 def test_evaluate_is_minus_the_log_evidence_of_the_data_given(loop):
     optimizer, state, _ = loop
     here = optimizer.evaluate(state, GROUP, Y)

@@ -18,9 +18,10 @@ from jax import random
 from numpyro.distributions import constraints
 from scipy.special import logsumexp
 
-from numpyro_smcopt import SMCOptimizer, Status, find_blocks, loop, one_block
+from numpyro_smcopt import SMCOptimizer, Status, find_blocks, loop, one_block, tempering
+from numpyro_smcopt.algorithms.particles import evaluator
 from numpyro_smcopt.kernels import HMC, MALA, ULA, RandomWalk, preconditioners
-from numpyro_smcopt.kernels.base import noise
+from numpyro_smcopt.noise import draw_noise
 from numpyro_smcopt.target import make_target
 
 STANDARD_ERRORS = 4.0
@@ -148,7 +149,7 @@ class PlainAlgorithm:
 
 @pytest.mark.parametrize(("kernel", "optim"), [("ula", "adam"), ("mala", "sgd")])
 def test_with_an_explicit_optimiser_it_is_the_papers_algorithm(kernel, optim):
-    num, h, steps, threshold = 40, 0.2, 12, {"ula": 0.6, "mala": 0.9}[kernel]
+    num, h, steps, threshold = 40, 0.2, 12, {"ula": 0.8, "mala": 0.9}[kernel]
     with jax.enable_x64(True):
         moves = {"ula": ULA(h, target=None), "mala": MALA(h, target=None, preconditioning=preconditioners.none)}[kernel]
         optimizer = SMCOptimizer(
@@ -169,11 +170,11 @@ def test_with_an_explicit_optimiser_it_is_the_papers_algorithm(kernel, optim):
         start = float(state.log_evidence_start)
 
         for _ in range(steps):
-            # The update splits its key into: what follows, one key per particle, one per block.
-            keys = random.split(state.rng_key, num + 2)
-            xi, uniform = jax.vmap(lambda key: noise(key, jnp.zeros(2), int(kernel == "mala")))(keys[1 : num + 1])
-            offset = random.uniform(keys[num + 1], (), jnp.float64)
-            plain.step(np.asarray(xi), np.asarray(uniform)[:, 0] if kernel == "mala" else None, float(offset))
+            # The update splits its key into: what follows, the move, one per block.
+            keys = random.split(state.rng_key, 3)
+            noise = draw_noise(keys[1], state.points.x, int(kernel == "mala"))
+            uniform = np.asarray(noise.uniform[:, 0]) if kernel == "mala" else None
+            plain.step(np.asarray(noise.normal), uniform, float(random.uniform(keys[2], (), jnp.float64)))
             state, loss = optimizer.update(state, y)
 
             close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)  # noqa: E731
@@ -261,7 +262,7 @@ SMALL = np.array([1.0, 2.0, 4.5])
 def test_log_evidence_shifts_exactly_and_chunks_and_bars_change_nothing(monkeypatch, capfd):
     with jax.enable_x64(True):
         optimizer = SMCOptimizer(
-            shifted, optax.adam(0.05), kernel=RandomWalk(), num_particles=30, partition=one_block, ess_threshold=0.8
+            shifted, optax.adam(0.05), kernel=RandomWalk(), num_particles=30, partition=one_block, ess_threshold=0.95
         )
         run = lambda shift, bar=False: optimizer.run(  # noqa: E731
             random.key(0), 23, jnp.asarray(SMALL), shift, progress_bar=bar
@@ -300,7 +301,7 @@ def test_running_log_evidence_is_unbiased_on_a_fixed_path():
     terms = jnp.concatenate([terms, jnp.zeros((replicates, num, 1))], -1)
     points = first.points._replace(x=draws, terms=terms, grad=draws - 4 * (y - draws))
     one = jax.tree.map(lambda v: v[0], points)
-    again = jax.vmap(optimizer._evaluate(make_target(shifted, (y, 0.0), {}), first.theta, False))(one.x)
+    again = jax.vmap(evaluator(make_target(shifted, (y, 0.0), {}), first.theta))(one.x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one, again)
 
     @jax.jit
@@ -360,6 +361,36 @@ def test_particles_without_a_finite_energy_are_survived_and_counted_and_an_impro
     assert result.status is Status.FINISHED
 
 
+def below(c):
+    """`truncated` with a bound that is data."""
+    mean = numpyro.param("mean", 0.0)
+    x = numpyro.sample("x", dist.Normal(mean, 1.0))
+    numpyro.factor("bound", jnp.where(x < c, 0.0, jnp.nan))
+
+
+def test_particles_lost_to_new_data_are_counted_once():
+    optimizer = SMCOptimizer(below, optax.sgd(1e-3), kernel=RandomWalk(0.1), num_particles=200, ess_threshold=0.0)
+    state = optimizer.init(random.key(0), 3.0)
+    lost = int(np.sum(state.points.x[:, 0] >= 0.5))
+    assert lost > 20
+    state, _ = optimizer.update(state, 0.5)
+    assert state.diagnostics["num_nonfinite"] == lost
+    state, _ = optimizer.update(state, 0.5)
+    assert state.diagnostics["num_nonfinite"] == 0
+
+
+def test_a_start_that_tempering_cannot_finish_is_reported_at_the_users_line(monkeypatch):
+    monkeypatch.setattr(tempering, "MAX_STAGES", 3)
+    optimizer = SMCOptimizer(shifted, optax.sgd(1e-3), num_particles=16, ess_threshold=0.0)
+    with pytest.warns(UserWarning, match=r"3 stages of tempering.*\(1 of 3 independent blocks.*init_params") as caught:
+        state = optimizer.init(random.key(0), jnp.asarray([0.0, 0.1, 60.0], jnp.float32), 0.0)
+    assert caught[0].filename == __file__
+    # The energies are those of the temperature that was reached, so the next weights lead on from there.
+    assert state.log_evidence_start > -(60.0**2) / 2.5
+    new, _ = optimizer.update(state, jnp.asarray([0.0, 0.1, 60.0], jnp.float32), 0.0)
+    assert new.log_evidence_change < -100
+
+
 def test_an_optimiser_that_sends_theta_to_nan_is_refused_and_counted():
     step = lambda g, state, theta=None: (jnp.where(g[0] > -0.2, jnp.nan, -0.1 * g), state)  # noqa: E731
     optimizer = SMCOptimizer(
@@ -372,7 +403,7 @@ def test_an_optimiser_that_sends_theta_to_nan_is_refused_and_counted():
     assert any("updates were refused" in str(warning.message) for warning in caught)
     theta = np.concatenate([[0.0], result.trajectory["mean"]])
     assert np.all(np.isfinite(theta)) and np.all(np.isfinite(result.losses))
-    refused = int(result.state.num_collapsed)
+    refused = int(result.state.num_refused)
     assert refused == np.sum(np.diff(theta) == 0) and 5 < refused < 150
     assert abs(theta[-1] - SMALL.mean()) < 1.0  # it went on in between
     assert np.all(np.diff(theta) >= 0)  # steps against the rule were not taken
@@ -416,9 +447,9 @@ def test_ess_in_float32_agrees_with_float64_over_a_million_observations():
     np.testing.assert_allclose(new.diagnostics["ess"], exact, rtol=0.01)
     np.testing.assert_allclose(new.log_evidence_change, np.log(np.mean(np.exp(increment))), atol=0.01)
 
-    # Totals first, differences after: noise.
+    # Totals first, differences after: noise that would fail the test above.
     target = make_target(million, (jnp.asarray(z), jnp.asarray(y)), {})
     total = jax.jit(lambda theta, x: jax.lax.map(lambda one: jnp.sum(target.terms(theta, one)), x))
     naive = np.asarray(total(state.theta, state.points.x), float) - np.asarray(total(new.theta, state.points.x), float)
     weights = np.exp(naive - naive.max())
-    assert abs(weights.sum() ** 2 / np.sum(weights**2) / 8 / exact - 1) > 0.02
+    assert abs(weights.sum() ** 2 / np.sum(weights**2) / 8 / exact - 1) > 0.01

@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clouds import partition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax import random
+from scipy.special import logsumexp
 
 from numpyro_smcopt.weights import (
+    block_moments,
     effective_sample_size,
     incremental_log_weight,
+    kept_fraction,
     reweight,
     small_sample_factor,
     uniform_log_weights,
@@ -302,3 +306,36 @@ def test_double_precision_is_kept():
             assert array.dtype == jnp.float64
         assert new.num_nonfinite.dtype == jnp.int32
         np.testing.assert_allclose(new.log_mean, 1.0, rtol=1e-14)
+
+
+def test_kept_fraction_charges_a_step_for_itself_only():
+    """Gaussian increments of variance v keep ``exp(-v)``, whatever the weights were before."""
+    rng = np.random.default_rng(0)
+    log_weights = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(200_000, 2)) * [0.0, 1.5]), axis=0)
+    increment = jnp.asarray(rng.normal(size=(200_000, 2)) * 0.5 + 7.0)
+    np.testing.assert_allclose(kept_fraction(log_weights, increment), np.exp(-0.25), rtol=0.02)
+    assert effective_sample_size(log_weights + increment)[1] < 0.2 * 200_000
+
+
+def test_kept_fraction_of_lost_particles():
+    log_weights = jnp.log(jnp.full((4, 3), 0.25))
+    increment = jnp.array(
+        [[0.0, jnp.nan, -jnp.inf], [0.0, jnp.nan, jnp.inf], [0.0, 5.0, jnp.nan], [0.0, 5.0, -jnp.inf]]
+    )
+    np.testing.assert_allclose(kept_fraction(log_weights, increment), [1.0, 0.5, 0.0], rtol=1e-6)
+
+
+def test_block_moments_are_weighted_moments_of_every_coordinate():
+    rng = np.random.default_rng(5)
+    terms = lambda x: jnp.stack([x[0] * x[2], x[1], x[3]])  # noqa: E731
+    blocks = partition(terms, 4)
+    of_coordinate = np.asarray(blocks.of_coordinate)
+    log_weights, values = np.log(rng.dirichlet(np.ones(9), 3).T), rng.normal(3.0, 2.0, (9, 4))
+    log_weights[2, 1] = -np.inf
+    log_weights -= logsumexp(log_weights, axis=0)
+    values[2, of_coordinate == 1] = np.nan
+    mean, variance = block_moments(jnp.asarray(log_weights, jnp.float32), jnp.asarray(values, jnp.float32), blocks)
+    for d, block in enumerate(of_coordinate):
+        one = jnp.asarray(log_weights[:, block], jnp.float32), jnp.asarray(values[:, d], jnp.float32)
+        np.testing.assert_allclose(mean[d], weighted_mean(*one), rtol=1e-5)
+        np.testing.assert_allclose(variance[d], weighted_variance(*one), rtol=1e-4)

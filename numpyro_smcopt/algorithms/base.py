@@ -9,9 +9,10 @@ compiles, announces sites, runs, and turns particles into samples.
 
 import abc
 import contextlib
-import warnings
+import json
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +21,43 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt import effects, loop
+from numpyro_smcopt.algorithms import budget, faults
+from numpyro_smcopt.algorithms.gradients import surroundings
+from numpyro_smcopt.algorithms.journal import Journal, check_path
+from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
+from numpyro_smcopt.algorithms.programs import Program
+from numpyro_smcopt.algorithms.start import Rehearsal, Start
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.resampling import systematic
+from numpyro_smcopt.checkpoint import Saved, digest, restore, without_addresses
+from numpyro_smcopt.convergence import EarlyStop, look
+from numpyro_smcopt.kernels import HMC, InvariantKernel
+from numpyro_smcopt.reporting.assembly import make_report
+from numpyro_smcopt.reporting.exploration import Cloud, Exploration, explore
+from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult, Status
 from numpyro_smcopt.target import (
     StaticArguments,
+    SVIView,
     Target,
+    as_array,
+    axis_names,
     check_init_params,
     check_start,
+    fingerprint,
     join_arguments,
+    make_svi_view,
     make_target,
+    observed_data,
+    pointwise_log_likelihood,
     split_arguments,
     strong,
 )
+from numpyro_smcopt.theta_step.natural_step import inverse_metric
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
+FLOOR = 0.1  # smallest eigenvalue of the observed information relative to the complete one
 LARGEST_TRAJECTORY = 20_000  # coordinates of theta up to which `run` records the iterates
+_NO_SETTINGS = ("model", "handlers", "static_kwargs", "_programs", "_seen")  # attributes that are no settings
 
 
 class ParticleAlgorithm(abc.ABC):
@@ -53,7 +75,7 @@ class ParticleAlgorithm(abc.ABC):
         self.model = model
         self.handlers = tuple(handlers)
         self.static_kwargs = dict(static_kwargs)
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, Program] = {}
         self._seen: tuple[list[Array], StaticArguments] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +84,7 @@ class ParticleAlgorithm(abc.ABC):
 
     # -- what an algorithm must say -----------------------------------------------------------------------------------
     @abc.abstractmethod
-    def _begin(self, rng_key: Array, start: "Start") -> Any:
+    def _begin(self, rng_key: Array, start: Start) -> Any:
         """The first state; eager, may compile programs through ``start``."""
 
     @abc.abstractmethod
@@ -70,18 +92,23 @@ class ParticleAlgorithm(abc.ABC):
         """The state under the data of ``target``, whose fingerprint is given."""
 
     @abc.abstractmethod
-    def _controls(self, state: Any) -> dict[str, Array]:
-        """Values that handlers may replace, by site name."""
+    def _controls(self, state: Any) -> dict[str, Any]:
+        """Values that handlers may replace, by site name: arrays, and functions that a step is compiled with."""
 
     @abc.abstractmethod
-    def _step(self, target: Target, state: Any, controls: dict[str, Array]) -> Any:
-        """One update; ``diagnostics`` of the new state are announced."""
+    def _step(self, target: Target, state: Any, controls: dict[str, Any]) -> Any:
+        """One update; ``diagnostics`` of the new state are announced, and those that are scalars recorded."""
 
     @abc.abstractmethod
     def _report_faults(self, state: Any, diagnostics: dict[str, Array]) -> Status:
         """Warn about what went wrong in a run, and say how it ended."""
 
+    def _attached(self) -> Any:
+        """Arrays (a pytree) that belong to the algorithm itself; programs get them traced, as ``target.attached``."""
+        return ()
+
     # -- SVI's methods ------------------------------------------------------------------------------------------------
+    @effects.unkeyed
     def init(self, rng_key: Array, *args: Any, init_params: Params | None = None, **kwargs: Any) -> Any:
         """The state at the start.
 
@@ -95,24 +122,36 @@ class ParticleAlgorithm(abc.ABC):
             ValueError: If the model or a starting value cannot be used; the message names the site.
         """
         arrays, static = self._bind(args, kwargs)
-        key_params, key_begin = random.split(rng_key)
-        target = make_target(self.model, *join_arguments(arrays, static))
+        return self._init(rng_key, arrays, static, init_params)
+
+    def _init(
+        self,
+        rng_key: Array,
+        arrays: list[Array],
+        static: StaticArguments,
+        init_params: Params | None,
+        foresee: Callable[[Any], None] = lambda state: None,
+    ) -> Any:
+        """`init`, which tells ``foresee`` the shapes and types of the state as soon as they are known."""
+        target = self._target(arrays, static)
         self._check_model(target)
         init_params = {} if init_params is None else init_params
-        check_init_params(target.sites, init_params)
-        init_params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf)), init_params)
+        check_init_params(target.sites.params, init_params)
+        init_params = jax.tree.map(as_array, init_params)
 
-        params, theta = self._program("read", Target.initial_params)(static, arrays, key_params, init_params)
-        check_start(target.sites, params, theta)
-        state = self._begin(key_begin, Start(self, static, arrays, target, theta))
-        with effects.Shell(self.handlers, {}) as shell:
-            for name, value in self._controls(state).items():
-                shell.control(name, value)
-            for name, value in state.diagnostics.items():
-                shell.diagnostic(name, value)
-        state = state._replace(mutable_state=shell.mutable_state(), fingerprint=_fingerprint(arrays))
-        return jax.tree.map(strong, state)
+        read = self._program("read", _read)(static, arrays, rng_key, init_params, arrays)
+        check_start(read.params, read.theta)
+        state = self._begin(read.rng_key, Start(self._program, static, arrays, target, read.theta, foresee))
+        return jax.tree.map(strong, self._introduced(state, read.fingerprint))
 
+    def _introduced(self, state: Any, fingerprint: Array) -> Any:
+        """A first state whose sites have been announced, so that handlers could bring their state."""
+        with effects.Shell(self.handlers, None) as shell:
+            shell.controls(self._controls(state))
+            shell.diagnostics(state.diagnostics)
+        return state._replace(mutable_state=shell.mutable_state(), fingerprint=fingerprint)
+
+    @effects.unkeyed
     def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """One step; a pure function of the state, whose data may differ from call to call.
 
@@ -130,22 +169,30 @@ class ParticleAlgorithm(abc.ABC):
         """
         arrays, static = self._bind(args, kwargs)
 
-        def step(target: Target, state: Any, arrays: list[Array], controls: dict[str, Array]) -> Any:
-            fingerprint = _fingerprint(arrays)
-            state = jax.lax.cond(
-                fingerprint == state.fingerprint,
-                lambda state: state,
-                lambda state: self._adopt(target, state, fingerprint),
-                state,
-            )
-            return self._step(target, state, controls)
+        def compiled(state: Any, controls: dict[str, Any]) -> Any:
+            functions = {name: value for name, value in controls.items() if callable(value)}
+            numbers = {name: value for name, value in controls.items() if name not in functions}
 
-        def compiled(state: Any, controls: dict[str, Array]) -> Any:
-            return self._program("update", step)(static, arrays, state, arrays, controls)
+            def step(target: Target, state: Any, arrays: list[Array], numbers: dict[str, Array]) -> Any:
+                return self._step_on_data(target, state, fingerprint(arrays), {**numbers, **functions})
+
+            return self._program(("update", *functions.items()), step)(static, arrays, state, arrays, numbers)
 
         state = self._announced(compiled, state)
         self._refuse_wrong_blocks(state)
         return state, jnp.where(state.wrong_blocks, jnp.nan, state.diagnostics["loss"])
+
+    def _step_on_data(self, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]) -> Any:
+        """`_step` after the state has adopted the data, if they are new to it."""
+        state = jax.lax.cond(
+            fingerprint == state.fingerprint,
+            lambda state: state._replace(wrong_blocks=jnp.zeros_like(state.wrong_blocks)),
+            lambda state: self._adopt(target, state, fingerprint),
+            state,
+        )
+        # Under data that contradict the blocks nothing moves, so that right data may follow.
+        new = self._step(target, state, controls)
+        return jax.tree.map(lambda old, new: jnp.where(state.wrong_blocks, old, new), state, new)
 
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """`update`, which already survives non-finite potentials and gradients; the name is SVI's."""
@@ -156,6 +203,7 @@ class ParticleAlgorithm(abc.ABC):
         self._refuse_wrong_blocks(state)
         return state.params
 
+    @effects.unkeyed
     def run(
         self,
         rng_key: Array,
@@ -165,18 +213,26 @@ class ParticleAlgorithm(abc.ABC):
         stable_update: bool = False,
         init_state: Any = None,
         init_params: Params | None = None,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 500,
+        early_stop: bool | EarlyStop = False,
         **kwargs: Any,
     ) -> RunResult:
         """Start and update ``num_steps`` times.
 
         Args:
             rng_key: Randomness; not used if ``init_state`` is given.
-            num_steps: How many updates.
+            num_steps: How many updates; with ``early_stop``, at most.
             *args: Arguments of the model.
             progress_bar: Whether to show a bar.
             stable_update: Accepted for compatibility with SVI; updates are always stable.
             init_state: A state to go on from.
             init_params: Constrained starting values of param sites.
+            checkpoint: A file that is written at the start, every ``checkpoint_every`` updates and at the end; `resume`
+                goes on from it, also in another process.
+            checkpoint_every: Updates between two checkpoints.
+            early_stop: Whether to end when nothing is left to be gained (status ``CONVERGED``), or an `EarlyStop` that
+                says when that is. Off by default, so that a run is as long as it was asked to be, as in SVI.
             **kwargs: Keyword arguments of the model.
 
         Returns:
@@ -184,34 +240,168 @@ class ParticleAlgorithm(abc.ABC):
 
         Raises:
             ValueError: If an argument cannot be used; the message says which and what to do.
+            OSError: If there is a file at ``checkpoint`` already, or it cannot be written.
         """
         del stable_update
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-            raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}.")
+        num_steps, checkpoint_every = positive("num_steps", num_steps), positive("checkpoint_every", checkpoint_every)
+        stop = EarlyStop() if early_stop is True else early_stop or None
+        if stop is not None and not isinstance(stop, EarlyStop):
+            raise TypeError(f"early_stop must be True, False or an EarlyStop, got {early_stop!r}.")
+        if checkpoint is not None:
+            check_path(checkpoint)
         arrays, static = self._bind(args, kwargs)
-        state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        if init_state is not None:
-            state = self._program("adopt", lambda target, state, fingerprint: self._adopt(target, state, fingerprint))(
-                static, arrays, state, _fingerprint(arrays)
-            )
+        if init_state is None:
+            # A handler may keep a state of its own or replace controls: then nobody knows the state yet.
+            plain = not self.handlers and not effects.handlers_are_active()
+            prepare = lambda state: self._run_program().prepare(static, arrays, state, np.int32(1)) if plain else None  # noqa: E731
+            state = self._init(rng_key, arrays, static, init_params, prepare)
+        else:
+            adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
+            state = self._program("adopt", adopt)(static, arrays, init_state, arrays)
             self._refuse_wrong_blocks(state)
+        journal = None
+        if checkpoint is not None:
+            journal = Journal(checkpoint, checkpoint_every, self._identity(static, arrays), num_steps, stop=stop)
+        return self._live(static, arrays, state, None, num_steps, journal, progress_bar, stop)
+
+    @effects.unkeyed
+    def resume(
+        self,
+        checkpoint: str | os.PathLike,
+        *args: Any,
+        num_steps: int | None = None,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> RunResult:
+        """Go on with a run that was interrupted, in this process or another: equal, bit for bit, to one that was not.
+
+        Args:
+            checkpoint: The file that `run` was given; it goes on being written.
+            *args: Arguments of the model, the same as before.
+            num_steps: Length of the whole run; by default, what `run` was asked for.
+            progress_bar: Whether to show a bar.
+            **kwargs: Keyword arguments of the model, the same as before.
+
+        Returns:
+            The result of the whole run, the part before the interruption included.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, or was written with another model, other data or other settings.
+        """
+        arrays, static = self._bind(args, kwargs)
+        identity = self._identity(static, arrays)
+        journal, saved = Journal.read(checkpoint, identity)
+        journal.num_steps = journal.num_steps if num_steps is None else positive("num_steps", num_steps)
+        state = jax.tree.map(jnp.asarray, restore(saved, "state", self._rehearsed(static, arrays, saved)))
+        program = self._run_program()
+        records = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((-1, *leaf.shape[1:]), leaf.dtype),
+            program.eval_shape(static, arrays, state, np.int32(1))[1],
+        )
+        past = restore(saved, "records", records) if journal.done else None
+        return self._live(static, arrays, state, past, journal.num_steps, journal, progress_bar, journal.stop)
+
+    def _live(
+        self,
+        static: StaticArguments,
+        arrays: list[Array],
+        state: Any,
+        past: Any,
+        num_steps: int,
+        journal: Journal | None,
+        progress_bar: bool,
+        stop: EarlyStop | None,
+    ) -> RunResult:
+        """Run to the end from a state and the records that led to it."""
+        if stop is not None and "gradient" not in state.diagnostics:
+            raise ValueError(
+                "early_stop needs a marginal likelihood and its gradient, for at most "
+                f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
+            )
+
+        def arrived(state: Any, records: Any, done: int) -> bool:
+            del done
+            path = records[2]
+            return stop is not None and stop.arrived(
+                path["theta"], path["gradient"], self._inverse_information(static, arrays, state)
+            )
+
+        program, done = self._run_program(), 0 if journal is None else journal.done
+        # The decision comes before the checkpoint, which then says that it was taken.
+        pauses: tuple[loop.Pause, ...] = () if stop is None else (loop.Pause(stop.every, arrived),)
+        pauses += () if journal is None else journal.begin(state)
+        progress = loop.ProgressBar(num_steps, _describe, done) if progress_bar else loop.SilentProgress()
+        state, records, status = loop.run_chunks(
+            lambda state, num: program(static, arrays, state, num), state, num_steps, progress, past=past, pauses=pauses
+        )
+        if journal is not None:
+            journal.write(state, records, len(records[0]["loss"]), status)
+        diagnostics, trajectory, path = records
+        if status is not Status.INTERRUPTED:
+            found = self._report_faults(state, diagnostics)
+            status = status if found is Status.FINISHED else found
+            if path and status is Status.FINISHED and getattr(state.theta_state, "metric", None) is not None:
+                seen = look(path["theta"], path["gradient"], np.asarray(state.theta_state.metric))
+                faults.warn_of([faults.theta_moves(seen)])
+        return RunResult(self.get_params(state), state, diagnostics["loss"], diagnostics, status, trajectory)
+
+    def _run_program(self) -> Program:
+        """`loop.chunk` of announced steps, compiled; records are diagnostics and iterates."""
 
         def advance(target: Target, state: Any, num: Array) -> tuple[Any, Any]:
             def one(state: Any) -> tuple[Any, Any]:
                 state = self._announced(lambda state, controls: self._step(target, state, controls), state)
                 small = sum(leaf.size for leaf in jax.tree.leaves(state.theta)) <= LARGEST_TRAJECTORY
-                return state, (state.diagnostics, target.constrain_params(state.theta) if small else {})
+                scalars = {name: value for name, value in state.diagnostics.items() if value.ndim == 0}
+                gradient = state.diagnostics.get("gradient")
+                path = {} if gradient is None else {"theta": ravel_pytree(state.theta)[0], "gradient": gradient}
+                return state, (scalars, target.constrain_params(state.theta) if small else {}, path)
 
             return loop.chunk(one, state, num)
 
         # A program traced under a handler of the user is thrown away: caches do not look at the handler stack.
-        program = self._program("run", advance, keep=not effects.handlers_are_active())
-        progress = loop.ProgressBar(num_steps, _describe) if progress_bar else loop.SilentProgress()
-        state, (diagnostics, trajectory), interrupted = loop.run_chunks(
-            lambda state, num: program(static, arrays, state, num), state, num_steps, progress
-        )
-        status = Status.INTERRUPTED if interrupted else self._report_faults(state, diagnostics)
-        return RunResult(self.get_params(state), state, diagnostics["loss"], diagnostics, status, trajectory)
+        return self._program("run", advance, keep=not effects.handlers_are_active())
+
+    def _inverse_information(self, static: StaticArguments, arrays: list[Array], state: Any) -> np.ndarray:
+        """[P, P] inverse observed information: what the step of theta knows, or from the particles."""
+        metric = getattr(state.theta_state, "metric", None)
+        if metric is None:
+
+            def inverse(target: Target, state: Any) -> Array:
+                flat, _ = ravel_pytree(state.theta)
+                place = target, state.theta, flat, state.points, state.log_weights, state.blocks
+                return inverse_metric(surroundings(*place, state.num_updates).information(), FLOOR)
+
+            metric = self._program("information", inverse)(static, arrays, state)
+        return np.asarray(metric, float)
+
+    def _identity(self, static: StaticArguments, arrays: list[Array]) -> dict[str, Any]:
+        """What must not change while a run is interrupted; JSON."""
+        target = self._target(arrays, static)
+        sites, start = target.sites, random.key(0)
+        _, theta = self._program("theta", Target.initial_params).eval_shape(static, arrays, start, {})
+        x = jax.ShapeDtypeStruct((sites.num_latents,), jnp.result_type(float))
+        parts = {name: value for name, value in vars(self).items() if name not in _NO_SETTINGS}
+        described = {
+            "algorithm": type(self).__name__,
+            "param sites": list(sites.params),
+            "latent sites": {name: list(site.shape) for name, site in sites.latents.items()},
+            "energy terms": {name: size for name, size, _ in sites.terms},
+            "settings": {name: without_addresses(repr(value)) for name, value in parts.items()},
+            "data": int(self._program("data", lambda target, arrays: fingerprint(arrays))(static, arrays, arrays)),
+            "energy": digest(self._program("terms", Target.terms).trace(static, arrays, theta, x).jaxpr),
+        }
+        return json.loads(json.dumps(described))
+
+    def _rehearsed(self, static: StaticArguments, arrays: list[Array], saved: Saved) -> Any:
+        """A state to which ``saved`` may be restored: shapes and types, which depend on the saved blocks and key."""
+        target = self._target(arrays, static)
+        rng_key = saved.arrays["['state'].rng_key"]
+        blocks = Blocks(*(jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields))
+        _, theta = self._program("theta", Target.initial_params).eval_shape(static, arrays, rng_key, {})
+        state = self._begin(rng_key, Rehearsal(self._program, static, arrays, target, theta, blocks=blocks))
+        return jax.eval_shape(lambda state: self._introduced(state, fingerprint(arrays)), state)
 
     # -- particles ----------------------------------------------------------------------------------------------------
     def get_samples(
@@ -233,13 +423,10 @@ class ParticleAlgorithm(abc.ABC):
             ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
         """
         arrays, static = self._bind_again(args, kwargs)
-        num = state.log_weights.shape[0] if num_samples is None else num_samples
-        if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
-            raise ValueError(f"num_samples must be a positive integer, got {num_samples!r}.")
-        num = int(num)
+        num = positive("num_samples", state.log_weights.shape[0] if num_samples is None else num_samples)
 
         def draw(target: Target, state: Any, key: Array) -> dict[str, Array]:
-            x = _resample(key, state.points.x, state.log_weights, state.blocks, num)
+            x = equal_draws(key, state.points.x, state.log_weights, state.blocks, num)
             return jax.vmap(lambda one: target.constrain_latents(state.theta, one))(x)
 
         key = random.key(0) if rng_key is None else rng_key
@@ -266,6 +453,104 @@ class ParticleAlgorithm(abc.ABC):
         )
         return self._program("weighted", constrain)(static, arrays, state), state.log_weights[:, 0]
 
+    def log_likelihood(self, params: Params, samples: dict[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """Log densities of the observations given draws of the latents, as `numpyro.infer.log_likelihood`.
+
+        Args:
+            params: The estimate, constrained.
+            samples: Draws of all latent sites from `get_samples`, ``{site: [S, ...]}``.
+            *args: Arguments of the model; may be left out if this object has seen them before.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            ``{observed site: [S, ...]}``, one number per draw and batch element of the site.
+
+        Raises:
+            ValueError: If a latent site is missing, or the model has discrete latents.
+        """
+        arrays, static = self._bind_again(args, kwargs)
+        return self._program("log_likelihood", pointwise_log_likelihood)(static, arrays, params, samples)
+
+    def observed_data(self, params: Params, *args: Any, **kwargs: Any) -> dict[str, Array]:
+        """The observations, ``{site: array}``; for ``params`` and the arguments see `log_likelihood`."""
+        arrays, static = self._bind_again(args, kwargs)
+        return self._program("observed", observed_data)(static, arrays, params)
+
+    def axis_names(self, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+        """Names of the axes of every site, which are those of its plates where it stands in plates."""
+        arrays, static = self._bind_again(args, kwargs)
+        return axis_names(make_target(self.model, *join_arguments(arrays, static)))
+
+    def as_svi(self, state: Any, *args: Any, **kwargs: Any) -> SVIView:
+        """The weighted particles in the shape of NumPyro's `SVI`, for what is written for guides.
+
+        ``Predictive(model, guide=view.guide, params=params, num_samples=1000)`` then draws particles with their true
+        weights (block by block, if there are several), and so does ArviZ's ``from_numpyro_svi(view, ...)``.
+
+        Args:
+            state: A state.
+            *args: Arguments of the model; may be left out if this object has seen them before.
+            **kwargs: Keyword arguments of the model.
+        """
+        arrays, static = self._bind_again(args, kwargs)
+        target = self._target(arrays, static)
+
+        def draw(rng_key: Array) -> dict[str, Array]:
+            values = target.constrain_latents(
+                state.theta, one_draw(rng_key, state.points.x, state.log_weights, state.blocks)
+            )
+            return {name: values[name] for name in target.sites.latents}
+
+        return make_svi_view(self.model, self.get_params(state), draw)
+
+    # -- report -------------------------------------------------------------------------------------------------------
+    def summarize(self, rng_key: Array, state: Any, *args: Any, sandwich: bool = False, **kwargs: Any) -> Report:
+        """What is to be reported of a fit: standard errors, Monte Carlo errors, intervals, log evidence, samples.
+
+        Theta stays at the estimate; fresh particles are drawn there, so the numbers owe nothing to the path that led
+        to it. See `report.Report` for what comes back, and its ``warnings`` for what may be wrong with it.
+
+        Args:
+            rng_key: Randomness.
+            state: A state.
+            *args: Arguments of the model; may be left out if this object has seen them before.
+            sandwich: Whether to add a covariance that does not trust the model; it needs latents that fall into many
+                independent blocks, or a model without latents.
+            **kwargs: Keyword arguments of the model.
+
+        Raises:
+            ValueError: If the model's arguments are not known, or contradict the state; or if a sandwich is wanted and
+                all latents depend on one another.
+        """
+        self._refuse_wrong_blocks(state)
+        if sandwich and state.blocks.num_blocks == 1 and state.points.x.shape[1]:
+            raise ValueError(
+                "A sandwich covariance needs independent units, but all latents of this model depend on one another. "
+                "Leave sandwich=True out."
+            )
+        arrays, static = self._bind_again(args, kwargs)
+        target = make_target(self.model, *join_arguments(arrays, static))
+        start = Start(self._program, static, arrays, target, state.theta)
+        cloud = Cloud(state.points.x, state.log_weights, state.blocks)
+        kernel = getattr(self, "kernel", None)
+        kernel = kernel if isinstance(kernel, InvariantKernel) else HMC()
+
+        strategy = getattr(self, "init_strategy", None)
+
+        def explore_at(params: Params, continuous: bool) -> Exploration:
+            return explore(
+                rng_key,
+                start,
+                params,
+                cloud,
+                kernel,
+                sandwich=sandwich,
+                continuous=continuous,
+                init_strategy=strategy,
+            )
+
+        return make_report(state.params, explore_at, target.sites.num_observations)
+
     # -- small print --------------------------------------------------------------------------------------------------
     def _check_model(self, target: Target) -> None:
         if not target.sites.params:
@@ -275,7 +560,7 @@ class ParticleAlgorithm(abc.ABC):
                 "numpyro.param, or turn latent sites into parameters with "
                 f"numpyro_smcopt.latents_to_params(model, {latents[:1] or ['name']})."
             )
-        unreached = _unreached_params(target)
+        unreached = target.unreached_params()
         if unreached:
             raise ValueError(
                 f"Param site '{unreached[0]}' never reaches the density: no observed or latent site depends on it, "
@@ -284,9 +569,17 @@ class ParticleAlgorithm(abc.ABC):
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[list[Array], StaticArguments]:
         arrays, static = split_arguments(args, {**self.static_kwargs, **kwargs})
+        arrays = [*arrays, *jax.tree.leaves(self._attached())]
         if not any(isinstance(value, jax.core.Tracer) for value in arrays):
             self._seen = arrays, static
         return arrays, static
+
+    def _target(self, arrays: list[Array], static: StaticArguments) -> Target:
+        leaves, treedef = jax.tree.flatten(self._attached())
+        own = len(arrays) - len(leaves)
+        return make_target(
+            self.model, *join_arguments(arrays[:own], static), attached=jax.tree.unflatten(treedef, arrays[own:])
+        )
 
     def _bind_again(self, args: tuple, kwargs: dict) -> tuple[list[Array], StaticArguments]:
         if args or kwargs:
@@ -301,27 +594,25 @@ class ParticleAlgorithm(abc.ABC):
             )
         return self._seen
 
-    def _program(self, name: Any, function: Callable, keep: bool = True) -> Callable:
+    def _program(self, name: Any, function: Callable, keep: bool = True) -> Program:
         """``function(target, *arguments)`` compiled as ``(static, arrays, *arguments)``; arrays are traced."""
         if keep and name in self._programs:
             return self._programs[name]
 
         def bound(static: StaticArguments, arrays: list[Array], *arguments: Any) -> Any:
-            return function(make_target(self.model, *join_arguments(arrays, static)), *arguments)
+            return function(self._target(arrays, static), *arguments)
 
-        program = jax.jit(bound, static_argnums=0)
+        program = Program(bound)
         if keep:
             self._programs[name] = program
         return program
 
-    def _announced(self, step: Callable[[Any, dict[str, Array]], Any], state: Any) -> Any:
+    def _announced(self, step: Callable[[Any, dict[str, Any]], Any], state: Any) -> Any:
         """Announce the control sites, step, announce the diagnostic sites."""
         with effects.Shell(self.handlers, state.mutable_state) as shell:
-            controls = {name: shell.control(name, value) for name, value in self._controls(state).items()}
-            new = step(state, controls)
-            for name, value in new.diagnostics.items():
-                shell.diagnostic(name, value)
-        new = new._replace(mutable_state=shell.mutable_state(state.mutable_state))
+            new = step(state, shell.controls(self._controls(state)))
+            shell.diagnostics(new.diagnostics)
+        new = new._replace(mutable_state=shell.mutable_state())
         return jax.tree.map(strong, new)
 
     def _refuse_wrong_blocks(self, state: Any) -> None:
@@ -333,77 +624,18 @@ class ParticleAlgorithm(abc.ABC):
             )
 
 
-class Start:
-    """What an algorithm needs at its start: the target's facts, and programs bound to the data.
+class _Read(NamedTuple):
+    """What one look at the model tells: starting values, constrained and not, the next key, and the data's mark."""
 
-    Attributes:
-        target: The target, bound to the data; not to be evaluated eagerly, only to be asked for its sites.
-        theta: Unconstrained starting values.
-    """
-
-    def __init__(
-        self, owner: ParticleAlgorithm, static: StaticArguments, arrays: list[Array], target: Target, theta: Theta
-    ) -> None:
-        self._owner, self._static, self._arrays = owner, static, arrays
-        self.target, self.theta = target, theta
-
-    def call(self, name: Any, function: Callable, *arguments: Any) -> Any:
-        """Compile ``function(target, *arguments)`` under ``name`` and call it."""
-        return self._owner._program(name, function)(self._static, self._arrays, *arguments)
+    params: Params
+    theta: Theta
+    rng_key: Array
+    fingerprint: Array
 
 
-def flat_terms(target: Target, theta: Theta) -> tuple[Callable[[Array, Array], Array], Array, Callable]:
-    """``(theta [P], x [D]) -> [K]``, the flat theta, and the way back to its tree."""
-    flat, unravel = ravel_pytree(theta)
-    return lambda t, x: target.terms(unravel(t), x), flat, unravel
-
-
-def _unreached_params(target: Target) -> list[str]:
-    """Param sites on which no energy term depends, found in the program of the energy."""
-    _, theta = jax.eval_shape(lambda key: target.initial_params(key, {}), random.key(0))
-    owners = [name for name in theta for _ in jax.tree.leaves(theta[name])]
-    program = target.program(theta)
-    reached = set()
-    for owner, variable in zip(owners, program.invars, strict=False):
-        touched = {variable}
-        for equation in program.eqns:
-            if any(not hasattr(v, "val") and v in touched for v in equation.invars):
-                touched.update(equation.outvars)
-        if any(not hasattr(v, "val") and v in touched for v in program.outvars):
-            reached.add(owner)
-    return [name for name in theta if name not in reached]
-
-
-def _fingerprint(arrays: Sequence[Array]) -> Array:
-    """[] uint32 that changes when the data do; position counts, so a permutation changes it too."""
-    total = jnp.zeros((), jnp.uint32)
-    for k, value in enumerate(arrays):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = random.key_data(value)
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
-        else:
-            bits = value.astype(jnp.uint32)
-        places = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
-        total = total * jnp.uint32(31) + jnp.sum(
-            (bits ^ (bits >> 15)) * (jnp.uint32(2) * places + jnp.uint32(2 * k + 1)), dtype=jnp.uint32
-        )
-    return total
-
-
-def _resample(rng_key: Array, x: Array, log_weights: Array, blocks: Blocks, num: int) -> Array:
-    """[num, D] draws from a weighted cloud, independent over blocks, in random order."""
-    num_particles = x.shape[0]
-    rounds = -(-num // num_particles)
-
-    def of_block(key: Array, log_weights: Array) -> Array:
-        keys = random.split(key, rounds + 1)
-        ancestors = jnp.concatenate([systematic(k, log_weights) for k in keys[1:]])
-        return random.permutation(keys[0], ancestors)[:num]
-
-    keys = random.split(rng_key, blocks.num_blocks)
-    ancestors = jax.vmap(of_block, in_axes=(0, 1), out_axes=1)(keys, log_weights)
-    return jnp.take_along_axis(x, blocks.to_coordinates(ancestors), 0)
+def _read(target: Target, rng_key: Array, init_params: Params, arrays: list[Array]) -> _Read:
+    key_params, key_begin = random.split(rng_key)
+    return _Read(*target.initial_params(key_params, init_params), key_begin, fingerprint(arrays))
 
 
 def _describe(records: Any) -> str:
@@ -416,6 +648,8 @@ def _describe(records: Any) -> str:
     return ", ".join(parts)
 
 
-def warn(message: str) -> None:
-    """Warn at the line of the user's call."""
-    warnings.warn(message, UserWarning, stacklevel=4)
+def positive(name: str, number: Any) -> int:
+    """A positive integer, or a ValueError that names the argument."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {number!r}.")
+    return int(number)

@@ -16,50 +16,66 @@ Source: Cuin, Tang, Carbone and Akyildiz, "Efficient Stochastic Optimisation via
 arXiv 2601.22003, algorithm 1.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import random
 
-from numpyro_smcopt import laplace, tempering
-from numpyro_smcopt.adaptation import adapt_size
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, Start, flat_terms, warn
-from numpyro_smcopt.blocks import Blocks, Partition, dependence_violated, find_blocks
-from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Preconditioner, Step, WeightedKernel
-from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, term_coefficients
-from numpyro_smcopt.resampling import Resampled, ResamplingScheme, systematic, when_ess_below
+from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size, no_limit
+from numpyro_smcopt.algorithms import budget, faults
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.gradients import (
+    Gradient,
+    default_theta_step,
+    gradient_of_rest,
+    step_probe,
+    surrogate_gradient,
+    surroundings,
+)
+from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator, resample_blocks, revived
+from numpyro_smcopt.algorithms.safeguards import SHORTER, Judged, advance, directly, next_caution, unspoiled
+from numpyro_smcopt.algorithms.start import (
+    Start,
+    first_cloud,
+    first_step,
+    refuse_hopeless,
+    refuse_loss,
+    start_blocks,
+    starts_from_prior,
+    warm_theta,
+    warn_of_unfinished,
+)
+from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
+from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.noise import Noise, draw_noise
+from numpyro_smcopt.objectives import (
+    Cloud,
+    Estimate,
+    MarginalLikelihood,
+    Objective,
+    Scene,
+    as_objective,
+    term_coefficients,
+)
+from numpyro_smcopt.resampling import ResamplingScheme, systematic, when_ess_below
 from numpyro_smcopt.results import Status
-from numpyro_smcopt.target import Target
-from numpyro_smcopt.theta_step import NaturalState, NaturalStep, Surroundings, ThetaStep, as_theta_step
+from numpyro_smcopt.target import Target, flat_terms, strong
+from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
-from numpyro_smcopt.uncertainty import Information, louis_information
 from numpyro_smcopt.weights import (
     Reweighted,
-    effective_sample_size,
     incremental_log_weight,
+    kept_fraction,
     reweight,
     uniform_log_weights,
 )
 
-WORK_PER_EVALUATION = 1_500_000  # array elements that the default number of particles aims at
-FEWEST_PARTICLES, MOST_PARTICLES = 32, 128
-LARGEST_INFORMATION = 500  # coordinates of theta up to which the natural step is affordable
-SHORTER = 0.25  # of a refused step is tried next
-LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
-INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
-LARGEST_INFORMATION_WORK = 2e9  # array elements of one information
-INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
-WARM_DRAWS = 64
-BURN_IN = 100
-FINAL_MOVES = 10
-GUARDS = 4
+LARGEST_LOSS = 0.25  # share of the particles that may meet a potential that is not finite
+KEPT_BY_A_MOVE = 0.2  # of the effective particles, or the move of a weighted kernel is not made
 
 
 class SMCState(NamedTuple):
@@ -76,9 +92,12 @@ class SMCState(NamedTuple):
         step: Step sizes and preconditioner of the kernel.
         theta_state: State of the theta step.
         pending: [P] where theta goes next, if the order is to weigh first (see `SMCOptimizer`).
+        caution: [] factor on the steps of theta: one, or less after a step was refused.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
-        num_collapsed: [] updates refused because all weight of a block was gone.
+        num_refused: [] updates in which theta stayed because a block would have lost all weight, or something in its
+            step was not finite.
+        num_lost: [] weights lost to new data, which the diagnostics of the next update will count.
         wrong_blocks: [] bool, whether the data contradict the partition.
         fingerprint: [] of the data.
         diagnostics: Scalars of the last update.
@@ -96,9 +115,11 @@ class SMCState(NamedTuple):
     step: Step
     theta_state: Any
     pending: Array
+    caution: Array
     blocks: Blocks
     num_updates: Array
-    num_collapsed: Array
+    num_refused: Array
+    num_lost: Array
     wrong_blocks: Array
     fingerprint: Array
     diagnostics: dict[str, Array]
@@ -112,17 +133,19 @@ class SMCOptimizer(ParticleAlgorithm):
     Args:
         model: A callable with NumPyro primitives: `numpyro.param` sites are estimated, latent `numpyro.sample` sites
             are integrated out.
-        optim: An optax, `numpyro.optim` or `jax.example_libraries` optimiser. By default `NaturalStep`, which has no
-            learning rate, preceded by a Laplace warm start.
-        objective: What is minimised; by default `MarginalLikelihood`, with control variates for the default step and
-            plain, as in the paper, with an ``optim``.
+        optim: An optax, `numpyro.optim` or `jax.example_libraries` optimiser. The default has no learning rate: for the
+            marginal likelihood `NaturalStep`, preceded by a Laplace warm start, for other objectives `FisherStep`.
+        objective: What is minimised: an object from `objectives`, or a function of one sample whose expectation is. By
+            default `MarginalLikelihood`, with control variates for the default step and plain, as in the paper, with an
+            ``optim``.
         kernel: How particles move; by default `HMC` with a jittered, adapted step size.
         num_particles: N; by default between 32 and 128, fewer for larger models.
         resampling: A resampling scheme; by default `resampling.systematic`.
         ess_threshold: A block is resampled if its ESS falls below this fraction of the particles.
         init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for particles that cannot be drawn from the
             prior, or shall not be; the log evidence is then relative to the start.
-        partition: How independent blocks are found; `one_block` keeps all latents together, as the paper does.
+        partition: How independent blocks are found; `one_block` keeps all latents together, as the paper does, and as
+            every objective but the marginal likelihood needs it.
         handlers: NumPyro handlers that see the ``smcopt/...`` sites of every update.
         **static_kwargs: Keyword arguments of the model that stay fixed.
 
@@ -172,284 +195,206 @@ class SMCOptimizer(ParticleAlgorithm):
             raise ValueError(f"ess_threshold is a fraction of the particles within [0, 1], got {ess_threshold!r}.")
         if kernel is not None and not isinstance(kernel, InvariantKernel | WeightedKernel):
             raise TypeError(f"kernel must be an object from numpyro_smcopt.kernels such as MALA(), got {kernel!r}.")
-        if objective is not None and not isinstance(objective, Objective):
-            raise TypeError(f"objective must be an object from numpyro_smcopt.objectives, got {objective!r}.")
         self.optim = None if optim is None else as_theta_step(optim)
-        self.objective = objective or MarginalLikelihood(control_variates=optim is None)
+        self.objective = (
+            MarginalLikelihood(control_variates=optim is None) if objective is None else as_objective(objective)
+        )
         self.kernel = kernel or HMC()
         self.num_particles = num_particles
         self.resample = when_ess_below(resampling or systematic, ess_threshold)
         self.init_strategy = init_strategy
-        self.partition = partition
+        self.partition = one_block if self.objective.whole_particles else partition
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> SMCState:
-        key_draw, key_cloud, key_state = random.split(rng_key, 3)
-        sites, theta = start.target.sites, start.theta
-        num_particles = self._default_particles(start.target, theta)
-        from_prior = sites.can_draw_prior and self.init_strategy is None
-
-        # Blocks
-        probe = lambda rows, tangents: start.call("probe", _probe, theta, rows, tangents)  # noqa: E731
-        points = self._generic_points(start, probe, key_draw)
-        blocks = self.partition(probe, points, sites.num_terms, sites.units)
-
-        # Warm start
-        mode = jnp.zeros(sites.num_latents, points.dtype)
-        warm = self._warm_start(start, theta, mode, blocks, num_particles) if self.optim is None else None
+        theta, target = start.theta, start.target
+        mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
+        self.objective.check(target, theta)
+        blocks = start_blocks(rng_key, start, self.partition, self.init_strategy)
+        num_particles = self._num_particles_for(target, theta)
+        first = ("first", num_particles), self._first_state(num_particles)
+        start.foresee(start.prepare(*first, rng_key, theta, blocks, mode)[0])
+        warm = warm_theta(start, blocks) if self.optim is None and self._maximises_likelihood else None
         if warm is not None:
             theta, mode = warm
-
-        # Cloud
-        cloud = self._cloud(num_particles, from_prior)
-        state = start.call(("cloud", num_particles, from_prior), cloud, key_cloud, theta, blocks, mode, key_state)
-        self._check_cloud(start.target, state)
+        state, num_unfinished, num_stages = start.call(*first, rng_key, theta, blocks, mode)
+        refuse_hopeless(start, state.points.terms)
+        if not self._maximises_likelihood:
+            refuse_loss(start, self.objective, state.diagnostics["loss"])
+        warn_of_unfinished(start, blocks, num_unfinished, num_stages)
         return state
 
-    def _generic_points(self, start: Start, probe: Callable, rng_key: Array) -> np.ndarray:
-        """[2, D] points with finite energy that are special in no way."""
-        size = start.target.sites.num_latents
-        points = np.random.default_rng(1).uniform(-1, 1, (2, size)).astype(jnp.result_type(float))
-        if np.all(np.isfinite(probe(jnp.asarray(points), jnp.zeros_like(points))[0])):
-            return points
-        drawn = np.asarray(
-            start.call(("draw", True), self._draw(32, start.target.sites.can_draw_prior), rng_key, start.theta)
-        )
-        energies = [
-            np.asarray(probe(jnp.asarray(drawn[k : k + 2]), jnp.zeros_like(points))[0]) for k in range(0, 32, 2)
-        ]
-        finite = np.isfinite(np.concatenate(energies))
-        _refuse_hopeless(start.target, finite)
-        best = np.argsort(-finite.sum(1), kind="stable")[:2]
-        return drawn[best]
-
-    def _default_particles(self, target: Target, theta: Theta) -> int:
+    def _num_particles_for(self, target: Target, theta: Theta) -> int:
         if target.sites.num_latents == 0:
             return 1  # plain maximum likelihood: there is nothing to integrate out
-        if self.num_particles is not None:
-            return int(self.num_particles)
-        fitting = WORK_PER_EVALUATION / target.work(theta)
-        return int(np.clip(2 ** round(math.log2(fitting)), FEWEST_PARTICLES, MOST_PARTICLES))
-
-    def _draw(self, num: int, from_prior: bool) -> Callable:
-        def draw(target: Target, rng_key: Array, theta: Theta) -> Array:
-            one = target.draw_prior if from_prior else _start_with(target, self.init_strategy)
-            return jax.vmap(lambda key: one(key, theta))(random.split(rng_key, num))
-
-        return draw
-
-    def _warm_start(
-        self, start: Start, theta: Theta, x: Array, blocks: Blocks, num_particles: int
-    ) -> tuple[Theta, Array] | None:
-        """Theta and the mode of the latents near the maximum of the Laplace approximation, or None."""
-        flat, unravel = jax.flatten_util.ravel_pytree(theta)
-        if not laplace.affordable(blocks) or flat.size > LARGEST_INFORMATION:
-            return None
-        normals = jnp.asarray(
-            laplace.fixed_normals(_num_for_information(WARM_DRAWS, 1, flat.size * start.target.work(theta)), blocks),
-            flat.dtype,
+        return self.num_particles or budget.default_num_particles(
+            target.work(theta), control_variates=self._maximises_likelihood
         )
 
-        def expand(target: Target, flat: Array, x: Array, normals: Array, blocks: Blocks) -> laplace.Expansion:
-            terms_fn = lambda t, x: target.terms(unravel(t), x)  # noqa: E731
-            return laplace.expand(terms_fn, flat, x, normals, blocks, target.work(theta))
+    def _first_state(self, num_particles: int) -> Callable:
+        """A program: the first state at ``theta``, how many blocks are not at their posterior, stages of tempering."""
 
-        expand_fn = lambda flat, x: start.call("expand", expand, flat, x, normals, blocks)  # noqa: E731
-        found = laplace.warm_start(expand_fn, flat, x, start.call("bounded", Target.bounded_coordinates, theta))
-        return None if found is None else (unravel(found.theta), found.mode)
-
-    def _cloud(self, num_particles: int, from_prior: bool) -> Callable:
-        """A program that makes the first cloud at ``theta``, and the state around it."""
-
-        def cloud(
-            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array, key_state: Array
-        ) -> SMCState:
-            terms_fn, flat, _ = flat_terms(target, theta)
-            at_theta = lambda x: terms_fn(flat, x)  # noqa: E731
-            key_draw, key_move = random.split(rng_key)
-            x = self._draw(num_particles, from_prior)(target, key_draw, theta)
-            prior = jnp.asarray(target.sites.prior_mask)
+        def first(
+            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
+        ) -> tuple[SMCState, Array, Array]:
+            key_cloud, key_state = random.split(rng_key)
+            _, flat, _ = flat_terms(target, theta)
             kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
-            curvature = None
-            if kernel.preconditioning.dense and laplace.affordable(blocks) and blocks.width > 1:
-                curvature = laplace.curvature(at_theta, mode, prior, blocks)
-            size = jnp.full(blocks.num_blocks, kernel.step_size, x.dtype)
-            step = Step(size, tempering.identity_like(mode, curvature))
-            beta = jnp.full(blocks.num_blocks, 0.0 if from_prior else 1.0, x.dtype)
-            tempered = tempering.temper(
-                key_move, at_theta, x, prior, blocks, kernel, step, curvature, beta,
-                final_moves=FINAL_MOVES if from_prior else BURN_IN,
-            )  # fmt: skip
-            points = tempered.points
+            cloud = first_cloud(
+                key_cloud, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
+            )
+            points = cloud.points
             if self._carries_scores(num_particles, flat.size, blocks):
-                points = jax.vmap(self._evaluate(target, theta, True))(points.x)
+                points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
+            finite = jnp.isfinite(blocks.sum_terms(points.terms) + blocks.sum_coordinates(points.grad))
+            equal = uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype)
+            fresh = reweight(equal, jnp.where(finite, 0.0, jnp.nan))
+            points = revived(points, fresh.log_weights, blocks)
+            known = starts_from_prior(target, self.init_strategy)
             free = -blocks.sum_free_terms(points.terms[0])
-            log_evidence = jnp.sum(tempered.log_evidence) + free if from_prior else jnp.zeros((), x.dtype)
-            theta_step = self._theta_step(flat, (num_particles, blocks.num_blocks), target.work(theta))
+            log_evidence = jnp.sum(cloud.log_evidence) + free if known else jnp.zeros((), flat.dtype)
             zero = jnp.zeros((), jnp.int32)
             state = SMCState(
                 theta=theta,
                 params=target.constrain_params(theta),
                 points=points,
-                log_weights=uniform_log_weights(num_particles, blocks.num_blocks, x.dtype),
+                log_weights=fresh.log_weights,
                 log_evidence_start=log_evidence,
                 log_evidence_change=jnp.zeros_like(log_evidence),
-                relative=jnp.asarray(not from_prior),
-                step=self._first_step(tempered.step, kernel),
-                theta_state=theta_step.init(flat),
+                relative=jnp.asarray(not known),
+                step=first_step(self.kernel, cloud.step, kernel),
+                theta_state=self._theta_step(target, theta, num_particles, blocks.num_blocks).init(flat),
                 pending=flat,
+                caution=jnp.ones((), flat.dtype),
                 blocks=blocks,
                 num_updates=zero,
-                num_collapsed=zero,
+                num_refused=zero,
+                num_lost=zero,
                 wrong_blocks=jnp.asarray(False),
                 fingerprint=jnp.zeros((), jnp.uint32),
                 diagnostics={},
                 mutable_state={},
                 rng_key=key_state,
             )
-            fresh = reweight(state.log_weights, jnp.zeros_like(state.log_weights))
-            return state._replace(
-                diagnostics=_diagnostics(state, fresh, tempered.acceptance, jnp.zeros_like(flat), zero)
-            )
+            estimate = self._estimate(target, state, points, state.log_weights, theta)
+            kept = jnp.ones_like(cloud.acceptance)
+            diagnostics = _diagnostics(state, fresh, kept, cloud.acceptance, jnp.zeros_like(flat), zero, zero)
+            diagnostics = self._with_gradient(diagnostics, jnp.zeros_like(flat))
+            state = state._replace(diagnostics=self._with_objective(diagnostics, estimate))
+            return state, jnp.sum(cloud.unfinished), cloud.num_stages
 
-        return cloud
-
-    def _first_step(self, tempered: Step, used: InvariantKernel) -> Step:
-        preconditioner = tempered.preconditioner
-        if self.kernel.preconditioning.forgetting == 0.0 and not self.kernel.preconditioning.dense:
-            preconditioner = Preconditioner(jnp.ones_like(preconditioner.scale))
-        if self.kernel is used and self.kernel.target is not None:
-            return Step(tempered.size, preconditioner)
-        return Step(jnp.full_like(tempered.size, self.kernel.step_size), preconditioner)
-
-    def _check_cloud(self, target: Target, state: SMCState) -> None:
-        _refuse_hopeless(target, np.isfinite(np.asarray(state.points.terms)))
+        return first
 
     # -- update -------------------------------------------------------------------------------------------------------
-    def _theta_step(self, flat: Array, log_weights_shape: tuple[int, int], work: int) -> ThetaStep:
-        if self.optim is not None:
-            return self.optim
-        if flat.size <= LARGEST_INFORMATION:
-            num_particles, num_blocks = log_weights_shape
-            # In units of the evaluations of one update; an information costs about three per direction.
-            cost = 3 * flat.size * _num_for_information(num_particles, num_blocks, flat.size * work) / num_particles
-            affordable = cost / (INFORMATION_SHARE * (2 + getattr(self.kernel, "num_evaluations", 1)))
-            return NaturalStep(refresh_every=max(5, math.ceil(affordable)))
-        return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
-
-    def _carries_scores(self, num_particles: int, num_params: int, blocks: Blocks) -> bool:
-        single = getattr(self.kernel, "num_evaluations", 1) == 1
-        return single and blocks.num_blocks == 1 and num_particles * num_params <= LARGEST_SCORES
-
-    def _evaluate(self, target: Target, theta: Theta, scores: bool) -> Callable[[Array], Point]:
-        """One evaluation: energy terms, their gradient in x, and with ``scores`` the one in theta."""
-        terms_fn, flat, _ = flat_terms(target, theta)
-
-        def evaluate(x: Array) -> Point:
-            if scores:
-                terms, vjp = jax.vjp(terms_fn, flat, x)
-                score, grad = vjp(jnp.ones_like(terms))
-                return Point(x, terms, grad, score)
-            terms, vjp = jax.vjp(lambda x: terms_fn(flat, x), x)
-            return Point(x, terms, vjp(jnp.ones_like(terms))[0])
-
-        return evaluate
-
-    def _controls(self, state: SMCState) -> dict[str, Array]:
-        return {
-            "step_size": state.step.size,
-            "ess_threshold": jnp.asarray(self.resample.threshold, state.log_weights.dtype),
-        }
-
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
         num_particles, num_blocks = state.log_weights.shape
         blocks, step = state.blocks, state.step._replace(size=controls["step_size"])
-        every_key = random.split(state.rng_key, 1 + num_particles + num_blocks)  # one call compiles to less
-        particle_keys, block_keys = every_key[1 : 1 + num_particles], every_key[1 + num_particles :]
+        keys = random.split(state.rng_key, 2 + num_blocks)
+        num_uniforms = self.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
+        noise = draw_noise(keys[1], state.points.x, num_uniforms)
         _, flat, unravel = flat_terms(target, state.theta)
-        theta_step = self._theta_step(flat, (num_particles, num_blocks), target.work(state.theta))
+        theta_step = self._theta_step(target, state.theta, num_particles, num_blocks)
 
-        # Theta
-        gradient, proposed, theta_state = self._propose(target, state, theta_step)
+        # Theta: the gradient and a step, or what the last update decided
+        gradient, proposed, theta_state, usable = self._propose(target, state, theta_step, controls)
 
         # Move and weigh (weighted kernels), or weigh where the particles are (invariant kernels)
-        points, log_ratio, backward = self._weigh(target, state, proposed, particle_keys, step)
-        change = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms, log_ratio)
-        weighed = reweight(state.log_weights, change)
-        free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
-
-        # Refuse a step that leaves a block without weight, or theta not finite
-        sound = ~jnp.any(weighed.collapsed) & jnp.all(jnp.isfinite(proposed)) & jnp.isfinite(free)
+        judge = partial(self._judge, target, state, proposed, noise, step)
+        judged_by = unspoiled if self._shares_passes(state) else directly
+        judged = judged_by(judge, state.points.x, jnp.zeros(state.log_weights.shape, bool))
+        points, log_weights, sound = judged.points, judged.log_weights, judged.sound
         keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
-        points, theta_state = keep(points, state.points), keep(theta_state, state.theta_state)
-        here, log_weights = keep(proposed, flat), keep(weighed.log_weights, state.log_weights)
-        gained = jnp.where(sound, jnp.sum(weighed.log_mean) + free, 0.0)
+        here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
+        ess = jnp.where(sound, judged.weighed.ess, jnp.inf)
+        pending = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
+        state = state._replace(log_evidence_change=state.log_evidence_change + judged.gained)
 
         # Next theta, from the weighted particles before they are resampled and moved
-        pending = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
-        if not self._gradient_first:
-            cloud = Cloud(points.x, points.terms, points.grad, log_weights, blocks)
-            gradient = jnp.where(sound, backward(term_coefficients(self.objective, cloud)), 0.0)
-            around = self._surroundings(target, state, points.x, log_weights, here, gradient)
-            following, next_state = theta_step.update(theta_state, here, around)
+        if judged.estimate is not None:
+            gradient = judged.gradient
+            around = self._surroundings(target, state, points, log_weights, here, gradient, judged.estimate, controls)
+            following, next_state, usable = advance(theta_step, theta_state, here, around)
             pending, theta_state = keep(following, pending), keep(next_state, theta_state)
 
         # Resample
-        points, log_weights, num_resampled = self._resample(block_keys, points, log_weights, blocks, controls)
+        threshold = jnp.where(controls["resample"], controls["ess_threshold"], -1.0)
+        points, log_weights, num_resampled = resample_blocks(
+            keys[2:], points, log_weights, ess, blocks, self.resample.scheme, threshold
+        )
 
         # Move (invariant kernels)
-        observed = acceptance = weighed.ess / num_particles
         if isinstance(self.kernel, InvariantKernel):
-            evaluate = self._evaluate(target, unravel(here), state.points.score is not None)
-            move = lambda key, p: self.kernel.move(key, p, Potential(evaluate, blocks), step)  # noqa: E731
-            points, accepted = jax.vmap(move)(particle_keys, points)
-            observed = acceptance = jnp.sum(jnp.exp(log_weights) * accepted, 0)
+            points, accepted = self._move(target, state, unravel(here), points, noise, step)
+            acceptance = jnp.sum(jnp.exp(log_weights) * accepted, 0)
+            size = adapt_size(step.size, acceptance, self.kernel.target, state.num_updates)
+        else:
+            acceptance = (judged.kept >= KEPT_BY_A_MOVE).astype(flat.dtype)
+            size = adapt_unadjusted_size(step.size, judged.kept, self.kernel.target, state.num_updates)
 
         # Adapt
-        size = adapt_size(step.size, observed, self.kernel.target, state.num_updates)
         preconditioner = self.kernel.preconditioning.adapt(step.preconditioner, points.x, log_weights, blocks)
 
+        refused = (~(sound & usable)).astype(jnp.int32)
         state = state._replace(
             theta=unravel(here),
             params=target.constrain_params(unravel(theta_step.estimate(theta_state, here))),
             points=points,
             log_weights=log_weights,
-            log_evidence_change=state.log_evidence_change + gained,
             step=Step(size, preconditioner),
             theta_state=theta_state,
             pending=pending,
+            caution=next_caution(state.caution, sound, usable),
             num_updates=state.num_updates + 1,
-            num_collapsed=state.num_collapsed + (~sound).astype(jnp.int32),
-            rng_key=every_key[0],
+            num_refused=state.num_refused + refused,
+            num_lost=jnp.zeros_like(state.num_lost),
+            rng_key=keys[0],
         )
-        acceptance = acceptance if isinstance(self.kernel, InvariantKernel) else jnp.ones_like(acceptance)
-        return state._replace(diagnostics=_diagnostics(state, weighed, acceptance, gradient, num_resampled))
+        diagnostics = _diagnostics(state, judged.weighed, judged.kept, acceptance, gradient, num_resampled, refused)
+        diagnostics = self._with_gradient(diagnostics, gradient)
+        return state._replace(diagnostics=self._with_objective(diagnostics, judged.estimate))
 
-    def _propose(self, target: Target, state: SMCState, theta_step: ThetaStep) -> tuple[Array, Array, Any]:
-        """Gradient, theta' and the state of the theta step, if the gradient comes first; else what was decided."""
-        _, flat, _ = flat_terms(target, state.theta)
-        if not self._gradient_first:
-            return jnp.zeros_like(flat), state.pending, state.theta_state
-        gradient = self._gradient(target, state)
-        around = self._surroundings(target, state, state.points.x, state.log_weights, flat, gradient)
-        return gradient, *theta_step.update(state.theta_state, flat, around)
+    def _judge(
+        self, target: Target, state: SMCState, proposed: Array, noise: Noise, step: Step, x: Array, lost: Array
+    ) -> Judged:
+        """Particles ``x`` weighed at theta', a refusal if need be, and loss and gradient where theta then is.
 
-    def _weigh(
-        self, target: Target, state: SMCState, proposed: Array, keys: Array, step: Step
-    ) -> tuple[Point, Array | float, Callable[[Array], Array]]:
-        """Particles evaluated at theta', log kernel ratios, and coefficients of terms [N, K] -> gradient in theta."""
-        terms_fn, _, unravel = flat_terms(target, state.theta)
-        new = self._evaluate(target, unravel(proposed), state.points.score is not None)
-        if isinstance(self.kernel, WeightedKernel):
-            move = lambda key, p: self.kernel.move(key, p, Potential(new, state.blocks), step)  # noqa: E731
-            return *jax.vmap(move)(keys, state.points), _no_gradient
+        ``lost [N, B]`` have no weight whatever their energy.
+        """
+        _, flat, unravel = flat_terms(target, state.theta)
+        blocks = state.blocks
+        moved, log_ratio, backward, kept = self._weigh(target, state, proposed, noise, step, x)
+        change = incremental_log_weight(state.points.terms, moved.terms, blocks.sum_terms, log_ratio)
+        # A particle without a finite gradient has no future.
+        change = jnp.where(jnp.isfinite(blocks.sum_coordinates(moved.grad)) & ~lost, change, jnp.nan)
+        if moved.score is not None:  # where none is finite it is theta that is at fault, and stays
+            scored = jnp.all(jnp.isfinite(moved.score), 1, keepdims=True)
+            change = jnp.where(scored | ~jnp.any(scored), change, jnp.nan)
+        weighed = reweight(state.log_weights, change)
+        kept = kept_fraction(state.log_weights, change) if kept is None else kept
+        gained = jnp.sum(weighed.log_mean) + jnp.mean(blocks.sum_free_terms(state.points.terms - moved.terms))
+
+        # Refuse a step that leaves a block without weight, or theta not finite
+        sound = ~jnp.any(weighed.collapsed) & jnp.all(jnp.isfinite(proposed))
+        sound &= jnp.isfinite(state.log_evidence_change + gained)
+        keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
+        log_weights, gained = keep(weighed.log_weights, state.log_weights), jnp.where(sound, gained, 0.0)
+        points = keep(revived(moved, weighed.log_weights, blocks), state.points)
+        # In a refused update it is theta that is at fault, and no particle.
+        num_nonfinite = jnp.where(sound, weighed.num_nonfinite, 0) + state.num_lost
+        weighed = weighed._replace(num_nonfinite=num_nonfinite)
         if self._gradient_first:
-            return jax.vmap(new)(state.points.x), 0.0, _no_gradient
-        # One forward pass serves the weights and both gradients.
-        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
-        terms, vjp = jax.vjp(all_terms, proposed, state.points.x)
-        points = Point(state.points.x, terms, vjp(jnp.ones_like(terms))[1])
-        return points, 0.0, lambda coefficients: vjp(coefficients)[0]
+            return Judged(points, log_weights, weighed, kept, sound, gained, jnp.zeros_like(flat), None)
+
+        # What the objective says of them
+        state = state._replace(log_evidence_change=state.log_evidence_change + gained)
+        estimate = self._estimate(target, state, points, log_weights, unravel(keep(proposed, flat)))
+        gradient = jnp.where(sound, backward(points, estimate), 0.0)
+        estimate = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf)), estimate._replace(rest=None))
+        return Judged(points, log_weights, weighed, kept, sound, gained, gradient, estimate)
+
+    @property
+    def _maximises_likelihood(self) -> bool:
+        return isinstance(self.objective, MarginalLikelihood)
 
     @property
     def _gradient_first(self) -> bool:
@@ -457,95 +402,163 @@ class SMCOptimizer(ParticleAlgorithm):
 
         The default order weighs, takes the gradient, and then moves the particles: the particles that weigh a step
         have then moved since they proposed it, so the log evidence is not pulled up by steps that were fitted to the
-        very particles that judge them.
+        very particles that judge them. Objectives other than the marginal likelihood always have that order: the loss
+        and the gradient are then those of one and the same theta and cloud, before resampling adds its noise.
         """
-        return self.optim is not None or isinstance(self.kernel, WeightedKernel)
+        return self._maximises_likelihood and (self.optim is not None or isinstance(self.kernel, WeightedKernel))
 
-    def _gradient(self, target: Target, state: SMCState) -> Array:
-        cloud = Cloud(*state.points[:3], state.log_weights, state.blocks)
-        coefficients = term_coefficients(self.objective, cloud)
-        if state.points.score is not None:
-            return coefficients[:, 0] @ state.points.score
-        terms_fn, flat, _ = flat_terms(target, state.theta)
-        return jax.grad(lambda t: jnp.sum(coefficients * jax.vmap(lambda x: terms_fn(t, x))(cloud.x)))(flat)
+    def _shares_passes(self, state: SMCState) -> bool:
+        """Whether one forward pass serves the weights and the gradients in x and theta."""
+        invariant = isinstance(self.kernel, InvariantKernel)
+        return invariant and not self._gradient_first and state.points.score is None
+
+    def _propose(
+        self, target: Target, state: SMCState, theta_step: ThetaStep, controls: dict[str, Any]
+    ) -> tuple[Array, Array, Any, Array]:
+        """Gradient, theta', the state of the theta step and whether they are finite, if the gradient comes first.
+
+        Else what was decided in the last update.
+        """
+        _, flat, _ = flat_terms(target, state.theta)
+        if not self._gradient_first:
+            return jnp.zeros_like(flat), state.pending, state.theta_state, jnp.asarray(True)
+        estimate = self._estimate(target, state, state.points, state.log_weights, state.theta)
+        gradient = surrogate_gradient(target, state.blocks, state.theta)(state.points, estimate)
+        around = self._surroundings(target, state, state.points, state.log_weights, flat, gradient, estimate, controls)
+        return gradient, *advance(theta_step, state.theta_state, flat, around)
+
+    def _weigh(
+        self, target: Target, state: SMCState, proposed: Array, noise: Noise, step: Step, x: Array
+    ) -> tuple[Point, Array | float, Gradient, Array | None]:
+        """Particles evaluated at theta', log kernel ratios, what turns an estimate there into a gradient, and [B].
+
+        The last is the fraction of effective particles that the move of a weighted kernel kept, or would have kept: a
+        block whose weights it would destroy (an unstable step size) stays where it is instead, which is a valid move
+        too, and is weighed there. The particles of other kernels do not move in here, and are taken to be at ``x``.
+        """
+        terms_fn, _, unravel = flat_terms(target, state.theta)
+        evaluate = evaluator(target, unravel(proposed), state.points.score is not None)
+        backward = surrogate_gradient(target, state.blocks, unravel(proposed))
+        if isinstance(self.kernel, WeightedKernel):
+            move = lambda noise, p: self.kernel.move(noise, p, Potential(evaluate, state.blocks), step)  # noqa: E731
+            points, log_ratio = jax.vmap(move)(noise, state.points)
+            change = incremental_log_weight(state.points.terms, points.terms, state.blocks.sum_terms, log_ratio)
+            # Of those that met a finite energy: the others are not for the step size to answer for.
+            survived = jnp.sum(jnp.where(jnp.isfinite(change), jnp.exp(state.log_weights), 0.0), 0)
+            kept = kept_fraction(state.log_weights, change) / jnp.maximum(survived, jnp.finfo(change.dtype).tiny)
+            moves = kept >= KEPT_BY_A_MOVE
+            where = state.blocks.to_coordinates(moves)
+            stay = lambda p: jax.vmap(evaluate)(jnp.where(where, p.x, state.points.x))  # noqa: E731
+            points = jax.lax.cond(jnp.all(moves), lambda p: p, stay, points)
+            return points, jnp.where(moves, log_ratio, 0.0), backward, kept
+        if not self._shares_passes(state):
+            return jax.vmap(evaluate)(x), 0.0, backward, None
+        # One forward pass serves the weights and both gradients.
+        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
+        terms, vjp = jax.vjp(all_terms, proposed, x)
+        points = Point(x, terms, vjp(jnp.ones_like(terms))[1])
+        shared = lambda estimate: vjp(term_coefficients(estimate, state.blocks))[0]  # noqa: E731
+        rest = lambda estimate: gradient_of_rest(estimate, unravel(proposed))  # noqa: E731
+        return points, 0.0, lambda points, estimate: shared(estimate) + rest(estimate), None
+
+    def _estimate(self, target: Target, state: SMCState, points: Point, log_weights: Array, theta: Theta) -> Estimate:
+        """Loss and coefficients of the gradient at ``theta``, where ``points`` are evaluated and weighed."""
+        cloud = Cloud(*points[:3], log_weights, state.blocks, _log_evidence(state), state.log_evidence_change)
+        return self.objective.estimate(Scene(target, theta, target.attached, random.fold_in(state.rng_key, 2)), cloud)
+
+    def _with_gradient(self, diagnostics: dict[str, Array], gradient: Array) -> dict[str, Array]:
+        """Diagnostics with the gradient [P] of a likelihood, from which it is seen whether theta still moves."""
+        if not self._maximises_likelihood or gradient.size > budget.LARGEST_INFORMATION:
+            return diagnostics
+        return diagnostics | {"gradient": jnp.where(jnp.isfinite(gradient), gradient, 0.0)}
+
+    def _with_objective(self, diagnostics: dict[str, Array], estimate: Estimate | None) -> dict[str, Array]:
+        """Diagnostics with the loss of an objective other than the marginal likelihood, and with what else it says."""
+        if self._maximises_likelihood or estimate is None:
+            return diagnostics
+        masked = jnp.asarray(estimate.num_masked, jnp.int32)
+        return diagnostics | estimate.diagnostics | {"loss": estimate.loss, "num_masked": masked}
 
     def _surroundings(
-        self, target: Target, state: SMCState, x: Array, log_weights: Array, theta: Array, gradient: Array
+        self,
+        target: Target,
+        state: SMCState,
+        points: Point,
+        log_weights: Array,
+        theta: Array,
+        gradient: Array,
+        estimate: Estimate,
+        controls: dict[str, Any],
     ) -> Surroundings:
-        terms_fn, _, _ = flat_terms(target, state.theta)
+        loss = -_log_evidence(state) if self._maximises_likelihood else estimate.loss
+        place = target, state.theta, theta, points, log_weights, state.blocks
 
-        def information() -> Information:
-            # A few particles of every block do where there are many blocks; which ones changes from time to time.
-            work = target.work(state.theta)
-            num_particles, num_blocks = log_weights.shape
-            num = _num_for_information(num_particles, num_blocks, theta.size * work)
-            stride = num_particles // num
-            chosen = stride * jnp.arange(num) + state.num_updates % stride
-            weights = jax.nn.log_softmax(log_weights[chosen], axis=0)
-            return louis_information(terms_fn, theta, x[chosen], weights, state.blocks, work)[1]
+        def admit(step: Array) -> Array:
+            step = controls["learning_rate"] * state.caution * step
+            return controls["theta_limit"](step_probe(*place), step) * step
 
-        return Surroundings(gradient, -_log_evidence(state), information)
+        found = surroundings(*place, state.num_updates)
+        return found._replace(gradient=gradient, loss=loss, curvature=estimate.curvature, admit=admit)
 
-    def _resample(
-        self, keys: Array, points: Point, log_weights: Array, blocks: Blocks, controls: dict[str, Array]
-    ) -> tuple[Point, Array, Array]:
-        threshold = controls["ess_threshold"]
-        # A particle without weight waits at the heaviest one: its own place may have no finite gradient.
-        dead = ~jnp.isfinite(log_weights)
-        low = effective_sample_size(log_weights) < threshold * log_weights.shape[0]
+    def _move(
+        self, target: Target, state: SMCState, theta: Theta, points: Point, noise: Noise, step: Step
+    ) -> tuple[Point, Array]:
+        """One invariant move of every particle at ``theta``; the acceptance of each block, [N, B]."""
+        potential = Potential(evaluator(target, theta, points.score is not None), state.blocks)
+        return jax.vmap(lambda noise, p: self.kernel.move(noise, p, potential, step))(noise, points)
 
-        def draw(log_weights: Array) -> Resampled:
-            one = lambda k, w: tuple(self.resample(k, w, threshold))  # noqa: E731
-            drawn = Resampled(*jax.vmap(one, in_axes=(0, 1), out_axes=(1, 1, 0))(keys, log_weights))
-            still_dead, heaviest = ~jnp.isfinite(drawn.log_weights), jnp.argmax(log_weights, 0).astype(jnp.int32)
-            return drawn._replace(ancestors=jnp.where(still_dead, heaviest, drawn.ancestors))
+    def _theta_step(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> ThetaStep:
+        if self.optim is not None:
+            return self.optim
+        evaluations = self.kernel.num_evaluations
+        return default_theta_step(self.objective, target, theta, num_particles, num_blocks, evaluations)
 
-        def keep(log_weights: Array) -> Resampled:
-            own = jnp.arange(log_weights.shape[0], dtype=jnp.int32)[:, None]
-            return Resampled(jnp.broadcast_to(own, log_weights.shape), log_weights, jnp.zeros(low.shape, bool))
+    def _carries_scores(self, num_particles: int, num_params: int, blocks: Blocks) -> bool:
+        single = self.kernel.num_evaluations == 1
+        return single and blocks.num_blocks == 1 and num_particles * num_params <= budget.LARGEST_SCORES
 
-        moved = jnp.any(low) | jnp.any(dead)
-        ancestors, log_weights, happened = jax.lax.cond(moved, draw, keep, log_weights)
+    def _attached(self) -> Any:
+        return self.objective.arrays
 
-        def gather(points: Point) -> Point:
-            take = lambda v, index: jnp.take_along_axis(v, index, 0)  # noqa: E731
-            own = jnp.arange(log_weights.shape[0])[:, None]
-            of_x, of_term = blocks.to_coordinates(ancestors), blocks.to_terms(ancestors, own)
-            score = None if points.score is None else points.score[ancestors[:, 0]]
-            return Point(take(points.x, of_x), take(points.terms, of_term), take(points.grad, of_x), score)
+    def _controls(self, state: SMCState) -> dict[str, Any]:
+        dtype = state.log_weights.dtype.type
+        return {
+            "step_size": state.step.size,
+            "ess_threshold": dtype(self.resample.threshold),
+            "resample": np.bool_(True),
+            "learning_rate": dtype(1.0),
+            "theta_limit": no_limit,
+        }
 
-        return jax.lax.cond(moved, gather, lambda p: p, points), log_weights, jnp.sum(happened)
-
+    # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
-        blocks = state.blocks
-        if target.sites.num_terms != state.points.terms.shape[1] or target.sites.num_latents != state.points.x.shape[1]:
+        blocks, sites = state.blocks, target.sites
+        have, need = (state.points.x.shape[1], state.points.terms.shape[1]), (sites.num_latents, sites.num_terms)
+        if have != need:
             raise ValueError(
-                f"The state has {state.points.x.shape[1]} latents and {state.points.terms.shape[1]} energy terms, but "
-                f"with these arguments the model has {target.sites.num_latents} and {target.sites.num_terms}. Data of "
-                "another shape need a new init."
+                f"The state has {have[0]} latents and {have[1]} energy terms, but with these arguments the model has "
+                f"{need[0]} and {need[1]}. Data of another shape need a new init."
             )
-        points = jax.vmap(self._evaluate(target, state.theta, state.points.score is not None))(state.points.x)
-        weighed = reweight(
-            state.log_weights, incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
-        )
-        keys = random.split(random.fold_in(state.rng_key, 1), GUARDS)
-        terms_fn, flat, _ = flat_terms(target, state.theta)
-        wrong = jax.vmap(lambda key, x: dependence_violated(lambda x: terms_fn(flat, x), x, blocks, key))(
-            keys, points.x[jnp.arange(GUARDS) % points.x.shape[0]]
-        )
+        points = jax.vmap(evaluator(target, state.theta, state.points.score is not None))(state.points.x)
+        change = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
+        weighed = reweight(state.log_weights, change)
+        wrong = blocks_are_wrong(random.fold_in(state.rng_key, 1), target, state.theta, points.x, blocks)
         free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
         adopted = state._replace(
-            points=points,
+            points=revived(points, weighed.log_weights, blocks),
             log_weights=weighed.log_weights,
             log_evidence_change=state.log_evidence_change + jnp.sum(weighed.log_mean) + free,
+            num_lost=state.num_lost + weighed.num_nonfinite,
             fingerprint=fingerprint,
         )
-        usable = ~jnp.any(wrong) & ~jnp.any(weighed.collapsed)
+        usable = ~wrong & ~jnp.any(weighed.collapsed)
         kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b) if a is not b else a, adopted, state)
-        return kept._replace(wrong_blocks=jnp.any(wrong))
+        return kept._replace(wrong_blocks=wrong)
 
     def evaluate(self, state: SMCState, *args: Any, **kwargs: Any) -> Array:
-        """The loss in a state under the given data, without changing the state: minus the running log evidence.
+        """The loss in a state under the given data, without changing the state.
+
+        For the marginal likelihood this is minus the running log evidence.
 
         Args:
             state: A state.
@@ -555,95 +568,61 @@ class SMCOptimizer(ParticleAlgorithm):
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: SMCState) -> Array:
-            return -_log_evidence(self._adopt(target, state, state.fingerprint))
+            state = self._adopt(target, state, state.fingerprint)
+            if self._maximises_likelihood:
+                return -_log_evidence(state)
+            return self._estimate(target, state, state.points, state.log_weights, state.theta).loss
 
         return self._program("evaluate", loss)(static, arrays, state)
 
     def _report_faults(self, state: SMCState, diagnostics: dict[str, Array]) -> Status:
         num = len(diagnostics["loss"])
-        acceptance, collapsed = np.mean(diagnostics["acceptance_rate"][num // 2 :]), int(state.num_collapsed)
-        status = Status.FINISHED
-        if collapsed:
-            warn(
-                f"{collapsed} of {int(state.num_updates)} updates were refused because a block of latents lost all its "
-                "weight or theta was not finite. Use more particles, a smaller learning rate, or check the model for "
-                "NaN."
+        refused, lost = (int(np.sum(diagnostics[name])) for name in ("num_refused", "num_nonfinite"))
+        acceptance = float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))
+        moves = isinstance(self.kernel, InvariantKernel) and state.points.x.shape[1] > 0
+        starved = faults.starved_cloud(float(np.mean(diagnostics["step_ess"])), state.log_weights.shape[0])
+        faults.warn_of(
+            (
+                faults.refused_updates(refused, num),
+                starved,
+                faults.lost_particles(lost),
+                faults.frozen_particles(acceptance) if moves else None,
+                faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
             )
-            status = Status.WEIGHTS_COLLAPSED if collapsed > num / 4 else status
-        lost = int(np.sum(diagnostics["num_nonfinite"]))
-        if lost:
-            warn(f"The potential was not finite for {lost} particles; they lost their weight and the run went on.")
-        if isinstance(self.kernel, InvariantKernel) and state.points.x.shape[1] and acceptance < 0.05:
-            warn(
-                f"The particles hardly move: acceptance {acceptance:.3f}. Use a smaller step size or an adapted one "
-                "(the kernel's `target`)."
-            )
-        grad_norm = diagnostics["grad_norm"]  # without noise it vanishes at the maximum, and nothing reverses
-        moving = int(getattr(state.theta_state, "reversals", num)) < min(10, num / 10)
-        if isinstance(state.theta_state, NaturalState) and moving and grad_norm[-1] > 1e-3 * np.max(grad_norm):
-            warn(
-                "theta was still moving in one direction at the end of the run. Go on with more steps, "
-                "run(..., init_state=result.state), unless the maximum lies on a boundary (a scale that goes to zero)."
-            )
-        return status
-
-
-def _num_for_information(num_particles: int, num_blocks: int, cost: int) -> int:
-    """How many particles the information is formed from; ``cost`` is parameters times work of one energy."""
-    enough = 2 ** math.ceil(math.log2(max(INFORMATION_DRAWS / num_blocks, 16)))
-    payable = 2 ** math.floor(math.log2(max(LARGEST_INFORMATION_WORK / cost, 4)))
-    return min(enough, payable, num_particles)
-
-
-def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:
-    target = dataclasses.replace(target, validate=True)
-    return jax.vmap(lambda x, v: jax.jvp(lambda x: target.terms(theta, x), (x,), (v,)))(rows, tangents)
-
-
-def _refuse_hopeless(target: Target, finite: np.ndarray) -> None:
-    """Raise if no particle has a finite energy; ``finite [N, K]`` says which terms are."""
-    if np.any(np.all(finite, 1)):
-        return
-    start = 0
-    for name, size, _ in target.sites.terms:
-        bad = ~finite[:, start : start + size].any(0)
-        start += size
-        if bad.any():
-            raise ValueError(
-                f"Site '{name}' has no finite log density at any starting point: {int(bad.sum())} of its {size} "
-                "terms are NaN or infinite for every particle. Look for NaN or impossible values in the data that "
-                "reach it, or start the parameters elsewhere with init_params."
-            )
-    raise ValueError(
-        "The potential is not finite at any starting point. Start the parameters elsewhere with init_params, or pass "
-        "init_strategy=numpyro.infer.init_to_median."
-    )
-
-
-def _start_with(target: Target, strategy: Callable | None) -> Callable[[Array, Theta], Array]:
-    return lambda key, theta: target.draw_start(key, theta, strategy)
+        )
+        if refused > num / 4 or starved:
+            return Status.WEIGHTS_COLLAPSED
+        return Status.NON_FINITE if lost > LARGEST_LOSS * num * state.log_weights.size else Status.FINISHED
 
 
 def _log_evidence(state: SMCState) -> Array:
     return state.log_evidence_start + state.log_evidence_change
 
 
-def _no_gradient(coefficients: Array) -> Array:
-    raise NotImplementedError("the gradient of this order comes first")
-
-
 def _diagnostics(
-    state: SMCState, weighed: Reweighted, acceptance: Array, gradient: Array, num_resampled: Array
+    state: SMCState,
+    weighed: Reweighted,
+    kept: Array,
+    acceptance: Array,
+    gradient: Array,
+    num_resampled: Array,
+    num_refused: Array,
 ) -> dict[str, Array]:
-    """Scalars of an update; ESS as fractions of the particles, the smallest block and the mean over blocks."""
+    """What an update announces; ESS as fractions of the particles, over blocks the smallest, the mean, and all [B]."""
     ess = weighed.ess / state.log_weights.shape[0]
     return {
         "loss": -_log_evidence(state),
         "log_evidence": _log_evidence(state),
         "ess": jnp.min(ess),
         "mean_ess": jnp.mean(ess),
+        "step_ess": jnp.min(kept),
         "acceptance_rate": jnp.mean(acceptance),
-        "grad_norm": jnp.linalg.norm(gradient),
+        "mean_step_size": jnp.mean(state.step.size),
+        "grad_norm": jnp.linalg.norm(jnp.where(jnp.isfinite(gradient), gradient, 0.0)),
         "num_nonfinite": weighed.num_nonfinite,
+        "num_refused": num_refused,
         "num_resampled": jnp.asarray(num_resampled, jnp.int32),
+        "block_ess": ess,
+        "block_step_ess": kept,
+        "block_acceptance": acceptance,
     }

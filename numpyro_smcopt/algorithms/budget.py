@@ -1,0 +1,62 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""What the defaults may cost: numbers that follow from the size of a model, so that nobody has to choose them.
+
+"Work" is the number of array elements that one energy of one particle computes.
+"""
+
+import math
+
+import numpy as np
+
+from numpyro_smcopt.reporting import reference
+
+WORK_PER_EVALUATION = 1_500_000  # array elements that the default number of particles aims at
+FEWEST_PARTICLES, MOST_PARTICLES = 32, 128
+MOST_WITHOUT_CONTROL_VARIATES = 1024  # where nothing else takes the noise out of a gradient
+LARGEST_INFORMATION = 500  # coordinates of theta up to which an information matrix is affordable
+INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
+LARGEST_INFORMATION_WORK = 2e9  # array elements of one information
+INFORMATION_SHARE = 0.5  # of the time that an update may spend on it, on average
+SHORTEST_REFRESH = 5  # updates between two evaluations of the information
+LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which scores are carried
+DRAWS_WORK = 1e9  # array elements that the draws of a report may cost
+SLOPES_WORK = 3e8  # times the number of parameters: what its derivatives may cost
+FEWEST_ISLANDS, MOST_ISLANDS = 8, 64
+TEMPERED_ISLANDS = 16
+WIDE_ISLANDS = 8
+TRANSPORT_WORK = 1e10  # array elements of the transport of the latents, which is differentiated three times
+
+
+def default_num_particles(work: int, *, control_variates: bool = True) -> int:
+    """Fewer particles for larger models, a power of two; more where no control variates make the most of each."""
+    fitting = WORK_PER_EVALUATION / work
+    most = MOST_PARTICLES if control_variates else MOST_WITHOUT_CONTROL_VARIATES
+    return int(np.clip(2 ** round(math.log2(fitting)), FEWEST_PARTICLES, most))
+
+
+def num_for_information(num_particles: int, num_blocks: int, num_params: int, work: int) -> int:
+    """How many of the particles the information is formed from."""
+    enough = 2 ** math.ceil(math.log2(max(INFORMATION_DRAWS / num_blocks, 16)))
+    payable = 2 ** math.floor(math.log2(max(LARGEST_INFORMATION_WORK / (num_params * work), 4)))
+    return min(enough, payable, num_particles)
+
+
+def refresh_interval(num_particles: int, num_blocks: int, num_params: int, work: int, num_evaluations: int) -> int:
+    """Updates between two evaluations of the information; ``num_evaluations`` is how many one move takes."""
+    # In units of the evaluations of one update; an information costs about three per direction.
+    used = num_for_information(num_particles, num_blocks, num_params, work)
+    cost = 3 * num_params * used / num_particles
+    return max(SHORTEST_REFRESH, math.ceil(cost / (INFORMATION_SHARE * (2 + num_evaluations))))
+
+
+def num_islands(work: int) -> int:
+    """Independent sets of draws behind a report; even, so that they can be halved."""
+    return 2 * int(np.clip(DRAWS_WORK / (2 * reference.SIZE * work), FEWEST_ISLANDS / 2, MOST_ISLANDS / 2))
+
+
+def num_informing(num_islands: int, num_params: int, work: int) -> int:
+    """How many of them derivatives are taken from; none if there are too many parameters."""
+    if not 0 < num_params <= LARGEST_INFORMATION:
+        return 0
+    return int(np.clip(SLOPES_WORK / (reference.SIZE * num_params * work), FEWEST_ISLANDS, num_islands))

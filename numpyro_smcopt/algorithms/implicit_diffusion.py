@@ -1,0 +1,309 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""`ImplicitDiffusion`: one loop that tunes a sampler while it samples.
+
+One update of ``theta_k`` and the samples ``X_k``, whose law follows that of theta:
+
+    theta' = step(theta_k, g_k)                    g_k = estimate of grad F(theta_k) from X_k
+    X'     = a little of the sampler at theta'     (or driven by the gradient at theta_k, see `samplers.Chains`)
+    g'     = estimate of grad F(theta') from X'
+
+With Markov chains (`samplers.Chains`) the estimate is a covariance or a mean over the particles, see `objectives`; with
+a diffusion of finitely many steps (`samplers.EulerMaruyama`) it is the adjoint along the path. The particles have no
+weights, so they lag behind theta, the less the slower theta is, and with them lags what is known of ``log Z_theta``,
+which enters the loss of every divergence. Where modes are far apart the particles may never follow. `SMCOptimizer`
+removes the lag by weights.
+
+Source: Marion et al., "Implicit Diffusion: Efficient Optimization through Stochastic Sampling", AISTATS 2025, arXiv
+2402.05468, algorithms 2 and 3.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+from jax.flatten_util import ravel_pytree
+
+from numpyro_smcopt.algorithms import faults
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive
+from numpyro_smcopt.algorithms.start import Start, refuse_loss
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
+from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
+from numpyro_smcopt.results import Status
+from numpyro_smcopt.samplers import Assessed, Chains, Sampler
+from numpyro_smcopt.target import Target
+from numpyro_smcopt.theta_step import as_theta_step
+from numpyro_smcopt.types import Array, Model, Params, Theta
+
+
+class ImplicitDiffusionState(NamedTuple):
+    """State of `ImplicitDiffusion`: what the next update needs, and the last diagnostics.
+
+    Attributes:
+        theta: The iterate, unconstrained.
+        params: The estimate, constrained: the iterate, or for the default step an average of iterates.
+        particles: State of the sampler.
+        assessed: Loss and gradient at ``theta``.
+        theta_state: State of the theta step.
+        blocks: The partition of the latents.
+        num_updates: [] updates so far.
+        num_refused: [] updates whose theta or gradient was not finite.
+        wrong_blocks: [] bool, whether the data contradict the partition; never the case without one.
+        fingerprint: [] of the data.
+        diagnostics: Scalars of the last update.
+        mutable_state: State of handlers.
+        rng_key: Randomness of what follows.
+    """
+
+    theta: Theta
+    params: Params
+    particles: Any
+    assessed: Assessed
+    theta_state: Any
+    blocks: Blocks
+    num_updates: Array
+    num_refused: Array
+    wrong_blocks: Array
+    fingerprint: Array
+    diagnostics: dict[str, Array]
+    mutable_state: dict
+    rng_key: Array
+
+    @property
+    def points(self) -> Point:
+        """[N, ...] the particles of a model with an energy."""
+        return self.particles.points
+
+    @property
+    def log_weights(self) -> Array:
+        """[N, B] their log weights, which are equal."""
+        return self.particles.log_weights
+
+
+class ImplicitDiffusion(ParticleAlgorithm):
+    """Minimise a loss of the samples of a sampler, in a single loop of sampling and optimisation.
+
+    Args:
+        model: A callable with NumPyro primitives and `numpyro.param` sites. For `samplers.Chains` it is an energy:
+            latent `numpyro.sample` sites and `numpyro.factor` sites; for `samplers.EulerMaruyama` it returns the drift.
+        optim: An optax, `numpyro.optim` or `jax.example_libraries` optimiser, or a `theta_step.ThetaStep` such as
+            ``GradientFlow(ratio)``, which sets the ratio of the time scales of theta and the particles. The default has
+            no learning rate.
+        objective: What is minimised: an object from `objectives`, or a function of one sample whose expectation is. By
+            default `MarginalLikelihood`, which makes this particle gradient descent.
+        sampler: Where samples come from: an object from `samplers`, or a kernel for `samplers.Chains`; by default
+            ``Chains()``.
+        num_particles: N; by default up to 1024, fewer for larger models.
+        handlers: NumPyro handlers that see the ``smcopt/...`` sites of every update.
+        **static_kwargs: Keyword arguments of the model that stay fixed.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro_smcopt import ImplicitDiffusion
+        >>> from numpyro_smcopt.objectives import Reward, ReverseKL
+        >>> def model():
+        ...     mean = numpyro.param("mean", 0.0)
+        ...     numpyro.sample("x", dist.Normal(mean, 1.0))
+        >>> reward = Reward(lambda sample: sample["x"], kl_weight=0.5, kl=ReverseKL(reference_params={"mean": 0.0}))
+        >>> result = ImplicitDiffusion(model, objective=reward).run(random.key(0), 300, progress_bar=False)
+        >>> bool(abs(result.params["mean"] - 2.0) < 0.2)  # maximises mean - 0.5 * mean**2 / 2
+        True
+
+    Reference:
+        Marion, Korba, Bartlett, Blondel, De Bortoli, Doucet, Llinares-Lopez, Paquette and Berthet, "Implicit Diffusion:
+        Efficient Optimization through Stochastic Sampling", AISTATS 2025.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optim: Any = None,
+        objective: Objective | None = None,
+        *,
+        sampler: Sampler | InvariantKernel | WeightedKernel | None = None,
+        num_particles: int | None = None,
+        handlers: Sequence[Any] = (),
+        **static_kwargs: Any,
+    ) -> None:
+        super().__init__(model, handlers, static_kwargs)
+        if isinstance(sampler, InvariantKernel | WeightedKernel):
+            sampler = Chains(sampler)
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise TypeError(
+                "sampler must be an object from numpyro_smcopt.samplers such as Chains(), or a kernel such as MALA(); "
+                f"got {sampler!r}."
+            )
+        self.optim = None if optim is None else as_theta_step(optim)
+        self.objective = (
+            MarginalLikelihood(control_variates=optim is None) if objective is None else as_objective(objective)
+        )
+        self.sampler = sampler or Chains()
+        self.num_particles = None if num_particles is None else positive("num_particles", num_particles)
+
+    # -- start --------------------------------------------------------------------------------------------------------
+    def _begin(self, rng_key: Array, start: Start) -> ImplicitDiffusionState:
+        key_sampler, key_assess, key_state = random.split(rng_key, 3)
+        self.sampler.check(start.target, start.theta, self.objective)
+        begun = self.sampler.begin(key_sampler, start, self.objective, self.num_particles, self.optim is None)
+        arguments = key_assess, key_state, begun.theta, begun.particles, begun.blocks
+        state = start.call("assembled", self._assembled, *arguments)
+        refuse_loss(start, self.objective, state.diagnostics["loss"])
+        return state
+
+    def _assembled(
+        self, target: Target, key_assess: Array, key_state: Array, theta: Theta, particles: Any, blocks: Blocks
+    ) -> ImplicitDiffusionState:
+        """The first state around the first samples."""
+        zero = jnp.zeros((), jnp.int32)
+        assessed = self.sampler.assess(key_assess, target, theta, particles, blocks, self.objective)
+        flat, _ = ravel_pytree(theta)
+        # A dry advance tells what diagnostics there will be; its values count as those of the start.
+        idle = self.sampler.controls(particles)
+        _, shapes = jax.eval_shape(
+            lambda: self.sampler.advance(key_state, target, theta, particles, blocks, zero, self.objective, idle)
+        )
+        diagnostics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return ImplicitDiffusionState(
+            theta=theta,
+            params=target.constrain_params(theta),
+            particles=particles,
+            assessed=assessed,
+            theta_state=self._theta_step(target, theta, particles).init(flat),
+            blocks=blocks,
+            num_updates=zero,
+            num_refused=zero,
+            wrong_blocks=jnp.asarray(False),
+            fingerprint=jnp.zeros((), jnp.uint32),
+            diagnostics=diagnostics | _diagnostics(assessed),
+            mutable_state={},
+            rng_key=key_state,
+        )
+
+    # -- update -------------------------------------------------------------------------------------------------------
+    def _step(self, target: Target, state: ImplicitDiffusionState, controls: dict[str, Array]) -> Any:
+        next_key, key_advance, key_assess = random.split(state.rng_key, 3)
+        sampler, objective, assessed = self.sampler, self.objective, state.assessed
+        flat, unravel = ravel_pytree(state.theta)
+
+        # Theta
+        theta_step = self._theta_step(target, state.theta, state.particles)
+        around = sampler.surroundings(target, state.theta, state.particles, state.blocks, state.num_updates)
+        around = around._replace(gradient=assessed.gradient, loss=assessed.loss, curvature=assessed.curvature)
+        proposed, theta_state = theta_step.update(state.theta_state, flat, around)
+        sound = jnp.all(jnp.isfinite(proposed)) & jnp.all(jnp.isfinite(assessed.gradient))
+        keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
+        here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
+        theta = unravel(here)
+
+        # Samples
+        particles, diagnostics = sampler.advance(
+            key_advance, target, theta, state.particles, state.blocks, state.num_updates, objective, controls
+        )
+
+        # Loss and gradient
+        assessed = sampler.assess(key_assess, target, theta, particles, state.blocks, objective)
+        return state._replace(
+            theta=theta,
+            params=target.constrain_params(unravel(theta_step.estimate(theta_state, here))),
+            particles=particles,
+            assessed=assessed,
+            theta_state=theta_state,
+            num_updates=state.num_updates + 1,
+            num_refused=state.num_refused + (~sound).astype(jnp.int32),
+            diagnostics=diagnostics | _diagnostics(assessed),
+            rng_key=next_key,
+        )
+
+    def _theta_step(self, target: Target, theta: Theta, particles: Any) -> Any:
+        return self.optim or self.sampler.theta_step(target, theta, particles, self.objective)
+
+    def _controls(self, state: ImplicitDiffusionState) -> dict[str, Array]:
+        return self.sampler.controls(state.particles)
+
+    def _attached(self) -> Any:
+        return self.objective.arrays
+
+    def _adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
+        particles = self.sampler.adopt(target, state.theta, state.particles)
+        key = random.fold_in(state.rng_key, 1)
+        assessed = self.sampler.assess(key, target, state.theta, particles, state.blocks, self.objective)
+        return state._replace(particles=particles, assessed=assessed, fingerprint=fingerprint)
+
+    def evaluate(self, state: ImplicitDiffusionState, *args: Any, **kwargs: Any) -> Array:
+        """The loss in a state under the given data, without changing the state.
+
+        Args:
+            state: A state.
+            *args: Arguments of the model.
+            **kwargs: Keyword arguments of the model.
+        """
+        arrays, static = self._bind(args, kwargs)
+
+        def loss(target: Target, state: ImplicitDiffusionState) -> Array:
+            return self._adopt(target, state, state.fingerprint).assessed.loss
+
+        return self._program("evaluate", loss)(static, arrays, state)
+
+    def get_samples(
+        self, state: Any, *args: Any, rng_key: Array | None = None, num_samples: int | None = None, **kwargs: Any
+    ) -> dict[str, Array]:
+        """Samples at the present theta.
+
+        Args:
+            state: A state.
+            *args: Arguments of the model; may be left out if this object has seen them before.
+            rng_key: Randomness (default ``random.key(0)``).
+            num_samples: How many (default: as many as there are particles).
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            ``{site: [num_samples, ...]}`` on the scale of the model: for `samplers.Chains` the particles in random
+            order, deterministic sites included; for `samplers.EulerMaruyama` the ends of fresh paths, ``{"y": ...}``.
+
+        Raises:
+            ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
+        """
+        arrays, static = self._bind_again(args, kwargs)
+        num = positive("num_samples", self.sampler.size(state.particles) if num_samples is None else num_samples)
+
+        def draw(target: Target, state: ImplicitDiffusionState, key: Array) -> dict[str, Array]:
+            return self.sampler.draw(key, target, state.theta, state.particles, state.blocks, num)
+
+        key = random.key(0) if rng_key is None else rng_key
+        return self._program(("samples", num), draw)(static, arrays, state, key)
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+    def _check_model(self, target: Target) -> None:
+        if self.sampler.has_energy or not target.sites.params:
+            super()._check_model(target)
+
+    def _report_faults(self, state: ImplicitDiffusionState, diagnostics: dict[str, Array]) -> Status:
+        num, refused = len(diagnostics["loss"]), int(state.num_refused)
+        found = [
+            faults.refused_updates(refused, int(state.num_updates)),
+            faults.theta_still_moving(state.theta_state, diagnostics["grad_norm"]),
+            faults.masked_particles(int(np.sum(diagnostics["num_masked"]))),
+        ]
+        if "num_nonfinite" in diagnostics:
+            found.append(faults.lost_particles(int(np.sum(diagnostics["num_nonfinite"]))))
+        if "acceptance_rate" in diagnostics:
+            found.append(faults.frozen_particles(float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))))
+        faults.warn_of(found)
+        return Status.NON_FINITE if refused > num / 4 else Status.FINISHED
+
+
+def _diagnostics(assessed: Assessed) -> dict[str, Array]:
+    return assessed.diagnostics | {
+        "loss": assessed.loss,
+        "grad_norm": jnp.linalg.norm(assessed.gradient),
+        "num_masked": assessed.num_masked,
+    }

@@ -1,0 +1,122 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint of a run: whose it is, how far it is, and when it is written."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpyro
+
+from numpyro_smcopt.checkpoint import Saved, load, save
+from numpyro_smcopt.convergence import EarlyStop
+from numpyro_smcopt.loop import Pause
+from numpyro_smcopt.results import Status
+
+
+class Journal:
+    """Writes the checkpoints of a run.
+
+    Args:
+        path: The file.
+        every: Updates between two checkpoints.
+        identity: What must be the same when the run goes on; JSON.
+        num_steps: Length of the whole run.
+        done: Updates so far.
+        stop: When the run ends before.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        every: int,
+        identity: dict[str, Any],
+        num_steps: int,
+        done: int = 0,
+        stop: EarlyStop | None = None,
+    ) -> None:
+        self.path, self.every, self.identity = Path(path), every, identity
+        self.num_steps, self.done, self.stop = num_steps, done, stop
+
+    @classmethod
+    def read(cls, path: str | os.PathLike, identity: dict[str, Any]) -> tuple["Journal", Saved]:
+        """The journal of a run that goes on, and what its file holds.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or of a run with another identity; the message says what differs.
+        """
+        saved = load(path)
+        header = saved.header
+        if header["versions"] != versions():  # programs of other versions are spelled otherwise
+            identity = {key: value for key, value in identity.items() if key != "energy"}
+        for key, now in identity.items():
+            before = header["identity"].get(key)
+            if before != now:
+                raise ValueError(
+                    f"The checkpoint '{path}' belongs to another run: {_difference(key, before, now)}. Resume it with "
+                    "what it was begun with, or begin a new run at another path."
+                )
+        # A run that was ended by its stopping rule has arrived, whatever it was asked for.
+        ended = header["status"] == Status.CONVERGED.name
+        num_steps = header["done"] if ended else header["num_steps"]
+        stop = None if header["early_stop"] is None else EarlyStop(**header["early_stop"])
+        return cls(path, header["every"], header["identity"], num_steps, header["done"], stop), saved
+
+    def begin(self, state: Any) -> tuple[Pause, ...]:
+        """Write the first checkpoint, if there is none, and say when the others are due."""
+        if not self.done:
+            self.write(state, None, 0)
+        return (Pause(self.every, self.write),)
+
+    def write(self, state: Any, records: Any, done: int, status: Status | None = None) -> bool:
+        """Write a checkpoint; False, for it is no reason to stop (see `Pause`)."""
+        self.done = done
+        header = {
+            "versions": versions(),
+            "num_steps": self.num_steps,
+            "every": self.every,
+            "done": done,
+            "early_stop": None if self.stop is None else dataclasses.asdict(self.stop),
+            "status": None if status is None else status.name,
+            "identity": self.identity,
+        }
+        save(self.path, header, {"state": state} if records is None else {"state": state, "records": records})
+        return False
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """Refuse what cannot become the checkpoint of a new run, before anything is computed.
+
+    Raises:
+        FileExistsError: If there is a file already, which would be destroyed.
+        FileNotFoundError: If there is no directory to hold it.
+    """
+    if Path(path).exists():
+        raise FileExistsError(
+            f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."
+        )
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no directory '{Path(path).parent}' for the checkpoint '{path}'. Make it first."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries whose programs are compared."""
+    return {"jax": jax.__version__, "numpyro": numpyro.__version__}
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key == "data":
+        return "the data differ"
+    if key == "energy":
+        return "the model has the same sites, but other densities"
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *now]:
+            if before.get(name) != now.get(name):
+                where = f"`{name}`" if key == "settings" else f"{key} '{name}'"
+                return f"{where} was {before.get(name)} and is {now.get(name)}"
+    return f"{key}: {before}, and now {now}"
