@@ -1,0 +1,93 @@
+"""Are the stated errors right? Coverage of 95% intervals over simulated data, and the error of the log evidence.
+
+    python benchmarks/calibration.py [--data-sets 200] [--seeds 50]
+
+Coverage: a random-intercept model (30 groups of 5, all three parameters unknown), simulated anew for every data set.
+Evidence: the standard deviation that one report states, beside the spread of the log evidence over seeds.
+"""
+
+import argparse
+import warnings
+
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import random
+from numpyro.distributions import constraints
+
+from numpyro_smcopt import SMCOptimizer, log_evidence
+
+TRUTH = {"mean": 1.0, "sd": 0.7, "sigma": 0.8}
+GROUPS, SIZE = 30, 5
+
+
+def random_intercepts(y):
+    mean = numpyro.param("mean", 0.0)
+    sd = numpyro.param("sd", 1.0, constraint=constraints.positive)
+    sigma = numpyro.param("sigma", 1.0, constraint=constraints.positive)
+    with numpyro.plate("groups", y.shape[1]):
+        b = numpyro.sample("b", dist.Normal(0.0, sd))
+        with numpyro.plate("members", y.shape[0]):
+            numpyro.sample("y", dist.Normal(mean + b, sigma), obs=y)
+
+
+def logistic_groups(y):
+    with numpyro.plate("groups", y.shape[1]):
+        b = numpyro.sample("b", dist.Normal(0.5, 1.5))
+        with numpyro.plate("members", y.shape[0]):
+            numpyro.sample("y", dist.Bernoulli(logits=b), obs=y)
+
+
+def gamma_poisson(y):
+    with numpyro.plate("data", len(y)):
+        rate = numpyro.sample("rate", dist.Gamma(1.3, 0.2))
+        numpyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+def logistic_regression(x, y):
+    w = numpyro.sample("w", dist.Normal(0.0, 2.0).expand([x.shape[1]]).to_event(1))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def coverage(num):
+    optimizer = SMCOptimizer(random_intercepts)
+    rng = np.random.default_rng(0)
+    covered = {name: 0 for name in TRUTH}
+    for k in range(num):
+        b = TRUTH["sd"] * rng.standard_normal(GROUPS)
+        y = TRUTH["mean"] + b + TRUTH["sigma"] * rng.standard_normal((SIZE, GROUPS))
+        result = optimizer.run(random.key(k), 200, y, progress_bar=False)
+        intervals = optimizer.summarize(random.key(k), result.state).confidence_intervals(0.95)
+        for name, truth in TRUTH.items():
+            covered[name] += bool(intervals[name][0] <= truth <= intervals[name][1])
+    print(f"Coverage of 95% intervals, {num} data sets")
+    for name, count in covered.items():
+        print(f"  {name:<8} {100 * count / num:5.1f}%")
+    print(f"  together {100 * sum(covered.values()) / (num * len(TRUTH)):5.1f}%", flush=True)
+
+
+def spread(num):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((60, 6))
+    problems = {
+        "logistic groups": (logistic_groups, (rng.integers(0, 2, (4, 40)),)),
+        "gamma-Poisson": (gamma_poisson, (rng.poisson(rng.gamma(1.3, 5.0, 80)),)),
+        "logistic regression": (logistic_regression, (x, (x[:, 0] > rng.logistic(size=60)).astype(int))),
+    }
+    print(f"\nLog evidence over {num} seeds\n{'':<22}{'spread':>9}{'stated':>9}{'ratio':>7}")
+    for name, (model, arguments) in problems.items():
+        found = [log_evidence(model, *arguments, rng_key=random.key(k)) for k in range(num)]
+        actual = np.std([f.log_evidence for f in found], ddof=1)
+        stated = np.sqrt(np.mean([f.log_evidence_std**2 for f in found]))
+        print(f"{name:<22}{actual:>9.4f}{stated:>9.4f}{stated / actual:>7.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-sets", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=50)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", UserWarning)
+    spread(options.seeds)
+    coverage(options.data_sets)
