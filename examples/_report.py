@@ -9,6 +9,8 @@ matplotlib.use("Agg")  # the figure goes to a file, so no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from numpyro_smcopt import plots
+
 EXAMPLES = Path(__file__).parent
 TAIL = 0.25  # the last quarter of the iterations, where the estimate has settled
 
@@ -40,39 +42,9 @@ def print_table(result, published, log_likelihood, source):
 
 
 def draw(result, published, log_likelihood, source, title, path):
-    """Draw the parameters, the effective sample size and the running log likelihood over the iterations.
-
-    Every scalar parameter has a strip of its own, because their units differ; dashed lines are the published values.
-    """
-    scalars = _scalars(published)
-    iterations = np.arange(1, len(result.losses) + 1)
-    figure = plt.figure(figsize=(11, max(5.0, 1.1 * len(scalars))), layout="constrained")
+    """Draw the parameters, the effective sample size and the running log likelihood beside the published values."""
+    figure = plots.plot_run(result, reference=published, log_likelihood=log_likelihood, label=source)
     figure.suptitle(title)
-    left, right = figure.subfigures(1, 2)
-
-    left.suptitle("Parameters", fontsize="medium")
-    strips = left.subplots(len(scalars), sharex=True)
-    for axes, (label, name, index) in zip(strips, scalars, strict=True):
-        axes.plot(iterations, np.asarray(result.trajectory[name])[(..., *index)], color="C0")
-        axes.axhline(np.asarray(published[name])[index], color="black", linestyle="--", linewidth=1, label=source)
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-    strips[0].legend(loc="best", fontsize="small")
-    strips[-1].set_xlabel("iteration")
-    left.align_ylabels()
-
-    ess_axes, log_likelihood_axes = right.subplots(2, sharex=True)
-    ess_axes.plot(iterations, result.diagnostics["ess"], color="C1", linewidth=0.8)
-    ess_axes.set(title="Effective sample size (share of the particles, smallest block)", ylim=(0.0, 1.05))
-    running = -np.asarray(result.losses)
-    log_likelihood_axes.plot(iterations, running, color="C2", linewidth=0.8)
-    log_likelihood_axes.axhline(log_likelihood, color="black", linestyle="--", linewidth=1, label=source)
-    log_likelihood_axes.set(
-        title="Running log likelihood", xlabel="iteration", ylim=_settled_range(running, log_likelihood)
-    )
-    log_likelihood_axes.legend(loc="best", fontsize="small")
-    for axes in (ess_axes, log_likelihood_axes):
-        axes.title.set_fontsize("medium")
-
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -92,11 +64,3 @@ def _tail_mean(values):
     """Mean over the last iterations."""
     values = np.asarray(values)
     return values[-max(1, round(TAIL * len(values))) :].mean()
-
-
-def _settled_range(values, reference):
-    """Limits that show `reference` and the last three quarters of the values; the way there may be much longer."""
-    settled = values[len(values) // 4 :]
-    shown = np.append(settled[np.isfinite(settled)], reference)
-    margin = max(1.0, 0.1 * np.ptp(shown))
-    return shown.min() - margin, shown.max() + margin

@@ -1,0 +1,141 @@
+"""Momentum in maximum marginal likelihood: three regimes of damping, with and without the gradient correction.
+
+The toy of Lim, Kuntz, Power and Johansen (ICML 2024): 100 observations y_i ~ Normal(x_i, 1) of latents
+x_i ~ Normal(theta, 1), 100 particles, theta started at 0 where the data are around 100. The estimate is mean(y), the
+variance of every latent given theta and the data is 1/2.
+
+Prints how many iterations particle gradient descent (PGD) and its version with momentum (MPGD) take, three times: at
+the equal *nominal* steps of the paper, at equal *effective* steps, and with the steps that are best for either if the
+variance of the latents may be wrong by 10 %. Draws the path of theta in the three regimes.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import random
+
+from numpyro_smcopt import MomentumParticleMLE
+from numpyro_smcopt.kernels.underdamped import exponential, uncorrected
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NUM_DATA, NUM_PARTICLES, TRUTH = 100, 100, 100.0
+REGIMES = {"under-damped": 0.05, "nearly critical": 0.1, "over-damped": 2.0}  # frictions gamma of the paper
+LARGEST_STEP = 0.2 / 1.1 / 2  # of particles on curvature 2, for a variance that is 10 % too large
+
+
+def model(y):
+    theta = numpyro.param("theta", 0.0)
+    with numpyro.plate("data", len(y)):
+        x = numpyro.sample("x", dist.Normal(theta, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+
+def friction(gamma):
+    """The settings of the paper: time steps 1e-4 and 1e-2, inverse mass 2000."""
+    return {
+        "gamma": gamma, "eta": 2000.0, "time_step": 1e-4,
+        "latent_gamma": gamma, "latent_eta": 2000.0, "latent_time_step": 1e-2,
+    }  # fmt: skip
+
+
+def plain(step_size, latent_step_size):
+    """Particle gradient descent; as published, particles and theta move at the same time."""
+    steps = {"step_size": step_size, "latent_step_size": latent_step_size}
+    return steps | {"momentum": 0.0, "latent_momentum": 0.0, "simultaneous": True}
+
+
+def rate(h, z=np.inf, latent_z=np.inf):
+    """By what theta and the mean of the particles come nearer to the end in one iteration: a spectral radius."""
+    by, latent = exponential(h, z), exponential(LARGEST_STEP, latent_z)
+    state = np.eye(4)  # theta, its velocity, the mean of the latents, its velocity
+    gradient = NUM_DATA * (state[0] + by.lookahead * state[1] - state[2])
+    theta, velocity = state[0] + by.carry * state[1] - by.drift * gradient, by.decay * state[1] - by.kick * gradient
+    slope = 2 * state[2] - (state[0] if z == np.inf else theta)
+    x = state[2] + latent.carry * state[3] - latent.drift * slope
+    return np.max(np.abs(np.linalg.eigvals([theta, velocity, x, latent.decay * state[3] - latent.kick * slope])))
+
+
+def tuned():
+    """The best settings of both methods, and their rates."""
+    best = min(np.geomspace(1e-3, 0.5, 400), key=rate)
+    rng, numbers, width = np.random.default_rng(0), np.array([0.02, 1.0, 1.0]), 4.0  # h and both dampings
+    for _ in range(25):  # a random search that closes in
+        drawn = numbers * np.exp(rng.uniform(-width, width, (1000, 3)))
+        numbers, width = min([numbers, *drawn], key=lambda numbers: rate(*numbers)), 0.82 * width
+    h, z, latent_z = numbers
+    momentum = {
+        "step_size": h, "momentum": np.exp(-z), "latent_step_size": LARGEST_STEP, "latent_momentum": np.exp(-latent_z),
+    }  # fmt: skip
+    return plain(best, LARGEST_STEP), rate(best), momentum, rate(h, z, latent_z)
+
+
+def fit(y, num_steps, **settings):
+    """Path of theta, and the variance of the particles at the end."""
+    optimizer = MomentumParticleMLE(model, num_particles=NUM_PARTICLES, **settings)
+    result = optimizer.run(random.key(0), num_steps, y, progress_bar=False)
+    return np.asarray(result.trajectory["theta"]), float(np.mean(np.var(result.state.points.x, 0)))
+
+
+def describe(name, theta, variance, mean):
+    """A row: iterations until theta stays within 5, 1 and 0.2 of the mean, and where it ends."""
+    cells = []
+    for distance in (5, 1, 0.2):
+        outside = np.flatnonzero(np.abs(theta - mean) >= distance)
+        last = outside[-1] + 2 if len(outside) else 1
+        cells.append("-" if last > len(theta) else str(last))
+    tail = theta[len(theta) // 2 :].mean() - mean
+    print(f"{name:<48}" + "".join(f"{cell:>7}" for cell in cells) + f"{variance:>8.3f}{tail:>10.4f}")
+
+
+def main():
+    """Print the table, draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "damping.png")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="The unadjusted moves inflate")  # that is a column of the table
+    rng = np.random.default_rng(0)
+    y = (TRUTH + np.sqrt(2) * rng.standard_normal(NUM_DATA)).astype(np.float32)
+    mean, paths = y.mean(), {}
+
+    print(f"{'':<48}{'< 5':>7}{'< 1':>7}{'< 0.2':>7}{'Var x':>8}{'tail':>10}")
+    print("equal nominal steps (1e-4 and 1e-2)")
+    paths["PGD"], variance = fit(y, args.num_steps, **plain(1e-4, 1e-2))
+    describe("  PGD", paths["PGD"], variance, mean)
+    for name, gamma in REGIMES.items():
+        paths[name], variance = fit(y, args.num_steps, **friction(gamma))
+        describe(f"  MPGD, gamma {gamma:g}: {name}", paths[name], variance, mean)
+        paths[name, "uncorrected"], variance = fit(y, args.num_steps, **friction(gamma), scheme=uncorrected)
+        describe("    without gradient correction", paths[name, "uncorrected"], variance, mean)
+    print("equal effective steps (1e-3 and 0.1)")
+    describe("  PGD", *fit(y, args.num_steps, **plain(1e-3, 0.1)), mean)
+    describe("  MPGD, gamma 0.1", *fit(y, args.num_steps, **friction(0.1)), mean)
+    of_plain, plain_rate, of_momentum, momentum_rate = tuned()
+    print("both at their best with a variance that is 10 % too large")
+    describe(f"  PGD, {plain_rate:.3f} a step", *fit(y, args.num_steps, **of_plain), mean)
+    describe(f"  MPGD, {momentum_rate:.3f} a step", *fit(y, args.num_steps, **of_momentum), mean)
+    print(f"  iterations of PGD over those of MPGD, from the rates: {np.log(momentum_rate) / np.log(plain_rate):.2f}")
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    for axis, (name, gamma) in zip(axes, REGIMES.items(), strict=True):
+        axis.axhline(mean, color="0.6", linewidth=1)
+        axis.plot(paths["PGD"], color="0.35", linestyle=":", label="PGD")
+        axis.plot(paths[name, "uncorrected"], color="tab:orange", label="without gradient correction")
+        axis.plot(paths[name], color="tab:blue", linestyle="--", label="with gradient correction")
+        axis.set(title=f"{name} (gamma = {gamma:g})", xlabel="iteration")
+    axes[0].set_ylabel("theta")
+    axes[2].legend(frameon=False, loc="lower right")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=150)
+    print(f"\nFigure: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
