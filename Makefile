@@ -8,11 +8,12 @@ PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test bench format clean
+.PHONY: help quickstart test docs bench format clean
 
 help:
 	@echo "make quickstart   install in $(VENV), fit the sleepstudy model, draw examples/output/sleepstudy.png"
 	@echo "make test         install in $(VENV), check style and types, run the tests"
+	@echo "make docs         build the documentation in docs/_build/html, warnings as errors"
 	@echo "make bench        time updates over the bare gradients of the same potential"
 	@echo "make format       rewrite the sources in the project's style"
 	@echo "make clean        remove $(VENV) and everything else that these targets made"
@@ -26,15 +27,20 @@ test: $(VENV)/.installed-test
 	$(RUN) mypy
 	$(RUN) pytest -n 2
 
+docs: $(VENV)/.installed-docs
+	$(RUN) sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
 bench: $(VENV)/.installed-quickstart
 	$(VENV)/bin/python benchmarks/updates.py
+	$(VENV)/bin/python benchmarks/momentum_updates.py
 
 format: $(VENV)/.installed-test
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each candidate is run, because the name alone proves nothing: a version manager's shim may exist and still fail.
@@ -57,4 +63,9 @@ $(VENV)/.installed-quickstart: $(VENV)/.made pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.made pyproject.toml
 	@echo "Installing numpyro_smcopt and its test tools in $(VENV); the first time this takes a few minutes"
 	@$(RUN) pip install --quiet --editable ".[test,dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.made pyproject.toml
+	@echo "Installing numpyro_smcopt and Sphinx in $(VENV); the first time this takes a minute or two"
+	@$(RUN) pip install --quiet --editable ".[docs,plots]"
 	@touch $@
