@@ -131,7 +131,7 @@ def test_loss_belongs_to_the_theta_it_is_recorded_with():
 
 
 def test_unstable_first_step_of_an_unadjusted_kernel_is_rescued():
-    """Two modes of sd 0.1 that no particle leaves: the step is five times beyond stability, and must not cost a mode."""
+    """Two modes of sd 0.1 that no particle leaves: a step five times beyond stability must not cost a mode."""
 
     def narrow():
         logit = numpyro.param("logit", 0.0)
