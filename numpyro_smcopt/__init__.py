@@ -35,6 +35,7 @@ Map of the package, from the top down:
     noise            random numbers of a whole cloud at once
     weights          weights, effective sample size, log evidence
     blocks           groups of independent latents
+    traces           functions that are traced once
     types            the glossary
 """
 

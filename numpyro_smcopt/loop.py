@@ -17,6 +17,7 @@ from jax import lax
 from tqdm.auto import tqdm
 
 from numpyro_smcopt.results import Status
+from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array
 
 CHUNK = 50  # updates at most
@@ -32,7 +33,7 @@ def chunk(update: UpdateFn, state: Any, num_steps: Array) -> tuple[Any, Any]:
     Returns:
         The state, and the records in buffers of length `CHUNK`, of which the first ``num_steps`` entries count.
     """
-    shapes = jax.eval_shape(update, state)[1]
+    update, (_, shapes) = traced_once(update, state)
     buffers = jax.tree.map(lambda s: jnp.zeros((CHUNK, *s.shape), s.dtype), shapes)
 
     def body(k: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -57,7 +57,7 @@ LAYERS = (
     {"kernels.preconditioners", "resampling", "effects", "sharding"},
     {"weights"},
     {"blocks"},
-    {"noise"},
+    {"noise", "traces"},
     {"types"},
 )
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.objectives import Estimate
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import Reweighted
 
@@ -60,7 +61,8 @@ def directly(judge: JudgeFn, x: Array, lost: Array) -> Judged:
 
 def unspoiled(judge: JudgeFn, x: Array, lost: Array) -> Judged:
     """`directly`, and once more from the survivors if a particle without a finite energy spoiled the gradient."""
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(judge, x, lost))
+    judge, shapes = traced_once(judge, x, lost)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def attempt(carry: tuple[Array, Array, Array, Judged]) -> tuple[Array, Array, Array, Judged]:
         attempts, x, lost, _ = carry

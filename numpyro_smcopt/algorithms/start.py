@@ -153,8 +153,8 @@ def warm_theta(start: Start, blocks: Blocks) -> tuple[Theta, np.ndarray] | None:
         return laplace.expand(terms_fn, flat, x, normals, blocks, target.work(unravel(flat)))
 
     expand_fn = lambda flat, x: start.call("expand", expand, flat, x, normals, blocks)  # noqa: E731
-    bounded = np.asarray(start.call("bounded", Target.bounded_coordinates, start.theta))
-    found = laplace.warm_start(expand_fn, flat, np.zeros(start.target.sites.num_latents, flat.dtype), bounded)
+    bounded, origin = start.target.bounded_coordinates(start.theta), np.zeros(len(blocks.of_coordinate), flat.dtype)
+    found = laplace.warm_start(expand_fn, flat, origin, bounded)
     return None if found is None else (unravel(found.theta), found.mode)
 
 

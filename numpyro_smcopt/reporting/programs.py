@@ -245,7 +245,7 @@ def _fixed(target: Target, rng_key: Array, params: Params) -> Fixed:
     return Fixed(
         theta,
         jax.jacobian(constrained)(flat),
-        target.bounded_coordinates(theta),
+        jnp.asarray(target.bounded_coordinates(theta)),
         target.param_constraints(theta),
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jax import random
 from numpyro import handlers
@@ -37,6 +38,7 @@ from numpyro_smcopt.target.tracing import (
     trace_model,
     unconstrained,
 )
+from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 
@@ -59,6 +61,7 @@ class Target:
     sites: Sites
     validate: bool = False
     attached: Any = ()
+    _traced: dict[Any, Callable] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def terms(self, theta: Theta, x: Array) -> Array:
         """Energy terms of one particle.
@@ -70,7 +73,13 @@ class Target:
         Returns:
             [K] terms whose sum is ``-log p_theta(x, y)``, the log-Jacobian of ``x`` included.
         """
-        return self._terms(substitution(theta, self.sites.unravel(x)))
+        leaves, treedef = jax.tree.flatten((theta, x))
+        like = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+        key = treedef, *like
+        if key not in self._traced:
+            of_model = lambda theta, x: self._terms(substitution(theta, self.sites.unravel(x)))  # noqa: E731
+            self._traced[key], _ = traced_once(of_model, *jax.tree.unflatten(treedef, like))
+        return self._traced[key](theta, x)
 
     def energy_of(self, theta: Theta, latents: dict[str, Array]) -> Array:
         """``-log p_theta(x, y)`` [] of one draw given on the scale of the model, as a density on that scale.
@@ -201,15 +210,20 @@ class Target:
         trace = self._trace_at(theta)
         return {name: trace[name]["kwargs"].get("constraint", constraints.real) for name in self.sites.params}
 
-    def bounded_coordinates(self, theta: Theta) -> Array:
-        """[P] bool: which coordinates of the flat ``theta`` belong to a constrained parameter."""
-        trace = self._trace_at(theta)
-        free = {name: is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta}
+    def bounded_coordinates(self, theta: Theta) -> np.ndarray:
+        """[P] bool: which coordinates of the flat ``theta`` belong to a constrained parameter; nothing is computed."""
+        free: dict[str, bool] = {}
+
+        def look(theta: Theta) -> None:
+            trace = self._trace_at(theta)
+            free.update({name: is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta})
+
+        jax.eval_shape(look, theta)
         marks = {
-            name: jax.tree.map(lambda leaf, mark=not free[name]: jnp.full(jnp.shape(leaf), mark), theta[name])
+            name: jax.tree.map(lambda leaf, mark=not free[name]: np.full(np.size(leaf), mark), theta[name])
             for name in theta
         }
-        return jax.flatten_util.ravel_pytree(marks)[0]
+        return np.concatenate([np.zeros(0, bool), *jax.tree.leaves(marks)])
 
     def constrain_latents(self, theta: Theta, x: Array) -> dict[str, Array]:
         """Latent and deterministic sites of one particle ``[D]`` at ``theta``, on the scale of the model.
