@@ -128,11 +128,14 @@ def explore(
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
     rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
     pareto_k = _pareto_k(np.asarray(drawn.worst_log_weights))
-    tempered = not found.trustworthy
+    # A heavy tail says the same as few effective draws: a part of the posterior, another mode for instance, is left to
+    # the components that reach everywhere.
+    tempered = not found.trustworthy or pareto_k > HEAVY_TAIL
     acceptance, num_unfinished = np.nan, 0
     if tempered:
-        num = min(num, budget.TEMPERED_ISLANDS)
-        keys, some = random.split(rng_key, num), uniforms[:num]
+        num = budget.TEMPERED_ISLANDS
+        keys = random.split(rng_key, num)
+        some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
         done = jax.device_get(start.call(*temper, keys, some, order, drawn, blocks, found.missed))
         found = islands.combine_tempered(done.log_evidence)
@@ -246,11 +249,6 @@ def about_draws(found: Exploration) -> list[str]:
         warnings.append(
             f"Only {np.min(found.ess):.0f} effective draws in the worst block of latents: errors may be larger than "
             "stated. Reparametrise the model, or compare with another key."
-        )
-    if found.pareto_k > HEAVY_TAIL:
-        warnings.append(
-            f"The importance weights of the worst block of latents have a heavy tail (Pareto k {found.pareto_k:.2f}): "
-            "errors may be larger than stated. Compare with another key."
         )
     if found.std > NOISY_EVIDENCE:
         warnings.append(f"The log evidence is uncertain by {found.std:.1f} nats.")
