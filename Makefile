@@ -4,15 +4,17 @@
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+NEWER_PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12) $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test docs bench format clean
+.PHONY: help quickstart test test-arviz1 docs bench format clean
 
 help:
 	@echo "make quickstart   install in $(VENV), fit the sleepstudy model, draw examples/output/sleepstudy.png"
 	@echo "make test         install in $(VENV), check style and types, run the tests"
+	@echo "make test-arviz1  run the tests of the export to ArviZ with ArviZ 1, where there is a Python 3.12 or newer"
 	@echo "make docs         build the documentation in docs/_build/html, warnings as errors"
 	@echo "make bench        time updates over the bare gradients of the same potential"
 	@echo "make format       rewrite the sources in the project's style"
@@ -27,6 +29,22 @@ test: $(VENV)/.installed-test
 	$(RUN) mypy
 	$(RUN) pytest -n 2
 
+# ArviZ 1 needs Python 3.12, and .venv may have an older one.
+test-arviz1:
+	@for python in $(NEWER_PYTHONS); do \
+	    if "$$python" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
+	        echo "Testing with ArviZ 1 and $$("$$python" --version)" && \
+	        if ! test -e $(VENV)-arviz1/.installed; then \
+	            "$$python" -m venv $(VENV)-arviz1 && \
+	            $(VENV)-arviz1/bin/python -m pip install --quiet --editable ".[plots]" "arviz>=1" h5netcdf h5py "pytest>=8.2" && \
+	            touch $(VENV)-arviz1/.installed; \
+	        fi && \
+	        exec $(VENV)-arviz1/bin/python -m pytest tests/test_inference_data.py; \
+	        exit 1; \
+	    fi; \
+	done; \
+	echo "Skipped the tests with ArviZ 1: no Python 3.12 or newer (tried: $(NEWER_PYTHONS))."
+
 docs: $(VENV)/.installed-docs
 	$(RUN) sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
@@ -40,7 +58,7 @@ format: $(VENV)/.installed-test
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output docs/_build
+	rm -rf $(VENV) $(VENV)-arviz1 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each candidate is run, because the name alone proves nothing: a version manager's shim may exist and still fail.

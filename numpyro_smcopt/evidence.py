@@ -81,7 +81,7 @@ def log_evidence(
         params: Constrained values of all param sites, for instance ``result.params``.
         rng_key: Randomness (default ``random.key(0)``).
         num_particles: Draws; rounded up to whole islands, four at least. By default about 12,000, fewer for models
-            whose density is expensive.
+            whose density is expensive. Where they do not suffice, 3,072 tempered particles take their place.
         kernel: Moves particles; by default `kernels.HMC`.
         partition: How independent blocks are found.
         **kwargs: Keyword arguments of the model.

@@ -42,6 +42,7 @@ class Tempered(NamedTuple):
         num_stages: [] stages used.
         unfinished: [B] bool, which blocks did not reach temperature one; their energies are still tempered.
         acceptance: [B] mean acceptance of the last move.
+        num_ancestors: [B] how many of the N draws at the start have descendants at the end.
     """
 
     points: Point
@@ -50,6 +51,7 @@ class Tempered(NamedTuple):
     num_stages: Array
     unfinished: Array
     acceptance: Array
+    num_ancestors: Array
 
 
 class Curvature(NamedTuple):
@@ -99,7 +101,7 @@ def temper(
         return jnp.where(prior_mask, 1.0, blocks.to_terms(beta, jnp.ones((), x.dtype))).astype(x.dtype)
 
     def stage(carry: tuple) -> tuple:
-        points, beta, log_evidence, step, _, k, _ = carry
+        points, beta, log_evidence, step, _, lines, k, _ = carry
         key_resample, key_move = random.split(random.fold_in(rng_key, k))
         last = jnp.all(beta >= 1.0) | (k == MAX_STAGES - 1)
 
@@ -139,14 +141,17 @@ def temper(
         ancestors = jax.vmap(systematic, in_axes=(0, 1), out_axes=1)(keys, weighed.log_weights)
         x = jnp.take_along_axis(points.x, blocks.to_coordinates(ancestors), 0)
         points = points._replace(x=jnp.where(last, points.x, x))
+        lines = jnp.where(last, lines, jnp.take_along_axis(lines, ancestors, 0))
         beta = jnp.minimum(beta + increment, 1.0)
-        return points, beta, log_evidence + weighed.log_mean, step, acceptance, k + 1, last
+        return points, beta, log_evidence + weighed.log_mean, step, acceptance, lines, k + 1, last
 
     zeros = jnp.zeros(blocks.num_blocks, x.dtype)
     points = Point(x, jnp.zeros((num_particles, prior_mask.shape[0]), x.dtype), jnp.zeros_like(x))
-    carry = (points, beta, zeros, step, zeros, 0, jnp.asarray(False))
-    points, beta, log_evidence, step, acceptance, k, _ = lax.while_loop(lambda carry: ~carry[6], stage, carry)
-    return Tempered(points, log_evidence, step, jnp.asarray(k), beta < 1.0, acceptance)
+    lines = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], equal.shape)
+    carry = (points, beta, zeros, step, zeros, lines, 0, jnp.asarray(False))
+    points, beta, log_evidence, step, acceptance, lines, k, _ = lax.while_loop(lambda carry: ~carry[7], stage, carry)
+    alive = jax.vmap(lambda lines: jnp.zeros(num_particles, jnp.int32).at[lines].set(1).sum(), in_axes=1)(lines)
+    return Tempered(points, log_evidence, step, jnp.asarray(k), beta < 1.0, acceptance, alive)
 
 
 def at_temperature(old: Preconditioner, curvature: Curvature | None, beta: Array, blocks: Blocks) -> Preconditioner:

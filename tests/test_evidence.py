@@ -14,10 +14,13 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from numpyro_smcopt import log_evidence
+from numpyro_smcopt.algorithms.budget import TEMPERED_ISLANDS
 from numpyro_smcopt.reporting import exploration, islands, reference
 
 SEEDS = range(10)
 STANDARD_ERRORS = 4.0
+# As improbable where the standard error is that of so few independent populations
+TEMPERED_ERRORS = stats.t(TEMPERED_ISLANDS - 1).isf(stats.norm.sf(STANDARD_ERRORS))
 
 
 def gaussian_regression(x, y, location, scale, shift):
@@ -104,10 +107,14 @@ def test_heavy_tailed_prior():
 
 def test_two_modes_are_both_found():
     found, values, errors = estimates(two_modes, 2, 0.3)
+    # Few draws hit the second mode, which shows in the tail of their weights.
+    assert all(f.tempered for f in found)
     deviations = values - exact_two_modes(2, 0.3)
     assert np.sqrt(np.mean(deviations**2)) < 0.1
-    assert np.all(abs(deviations) < STANDARD_ERRORS * errors), deviations / errors
-    assert 0.5 < errors.mean() / deviations.std() < 2.0
+    assert np.all(abs(deviations) < TEMPERED_ERRORS * errors), deviations / errors
+    # The spread is what is stated: chi-squared limits that a right statement exceeds once in 10,000 times
+    spread = np.sum((deviations - deviations.mean()) ** 2) / np.mean(errors**2)
+    assert stats.chi2(len(SEEDS) - 1).ppf(5e-5) < spread < stats.chi2(len(SEEDS) - 1).isf(5e-5)
     # Both modes in the right proportion, by weight
     share = [np.sum(np.exp(f.log_weights)[f.samples["x"][:, 0] > 0]) for f in found]
     assert abs(np.mean(share) - 0.5) < 0.1
@@ -125,7 +132,7 @@ def test_tempering_where_the_reference_does_not_suffice(monkeypatch, missed):
     assert all(f.tempered for f in found)
     deviations = values - exact_two_modes(2, 0.3)
     assert np.sqrt(np.mean(deviations**2)) < 0.15
-    assert np.all(abs(deviations) < STANDARD_ERRORS * errors), deviations / errors
+    assert np.all(abs(deviations) < TEMPERED_ERRORS * errors), deviations / errors
     for f in found:
         np.testing.assert_allclose(f.log_weights, -np.log(len(f.log_weights)), rtol=1e-5)
         assert np.std(abs(f.samples["x"]) - 3.0) == pytest.approx(0.3, rel=0.1)

@@ -5,12 +5,14 @@
 import pickle
 import warnings
 
+import flax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax import random
+from numpyro.contrib.module import random_flax_module
 from numpyro.distributions import constraints
 from scipy import optimize, stats
 
@@ -249,6 +251,52 @@ def test_a_density_with_a_jump_is_noticed():
     exact = 1 / np.sqrt((loss(best + 1e-3) - 2 * loss(best) + loss(best - 1e-3)) / 1e-6)
     assert report.standard_errors["mean"] == pytest.approx(exact, rel=0.05)
     assert report.log_evidence == pytest.approx(-loss(best), abs=4 * report.log_evidence_std)
+
+
+def test_a_rotation_is_named_and_what_it_leaves_alone_is_exact():
+    """Probabilistic principal components at their maximum in closed form (Tipping and Bishop 1999)."""
+    num, noise = 60, 0.5
+
+    def model(y):
+        loadings = numpyro.param("loadings", jnp.ones((3, 2)))
+        sigma = numpyro.param("sigma", 1.0, constraint=constraints.positive)
+        with numpyro.plate("rows", num):
+            z = numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+            numpyro.sample("y", dist.Normal(z @ loadings.T, sigma).to_event(1), obs=y)
+
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((num, 2)) @ rng.standard_normal((2, 3)) + noise * rng.standard_normal((num, 3))
+    values, vectors = np.linalg.eigh(y.T @ y / num)
+    turn = np.array([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])
+    loadings = vectors[:, 1:] * np.sqrt(values[1:] - values[0]) @ turn
+    optimizer = SMCOptimizer(model)
+    state = optimizer.init(random.key(0), y)
+    found = {"loadings": jnp.asarray(loadings, jnp.float32), "sigma": jnp.asarray(np.sqrt(values[0]), jnp.float32)}
+    report = optimizer.summarize(random.key(1), state._replace(params=found))
+    assert any("do not determine a combination of loadings" in warning for warning in report.warnings)
+    assert report.num_parameters == 6 and np.all(np.isnan(report.standard_errors["loadings"]))
+    # sigma^2 is estimated from the one direction that has noise only.
+    assert report.standard_errors["sigma"] == pytest.approx(np.sqrt(values[0] / (2 * num)), rel=0.02)
+    covariance = loadings @ loadings.T + values[0] * np.eye(3)
+    exact = stats.multivariate_normal(np.zeros(3), covariance).logpdf(y).sum()
+    assert report.log_evidence == pytest.approx(exact, abs=1e-2)
+
+
+def test_a_leaf_that_a_prior_has_replaced_is_no_parameter():
+    def model(x, y):
+        net = random_flax_module("net", flax.linen.Dense(1), {"kernel": dist.Normal()}, input_shape=(1,))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(net(x)[:, 0], 1.0), obs=y)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 1))
+    y = 2.0 + x[:, 0] + rng.standard_normal(20)
+    optimizer = SMCOptimizer(model)
+    report = optimizer.summarize(random.key(1), optimizer.init(random.key(0), x, y))
+    assert report.names == ("net$params.bias[0]",) and report.num_parameters == 1
+    # The kernel integrated out, the bias is the mean of a normal sample with known covariance.
+    precision = np.linalg.inv(x @ x.T + np.eye(20)).sum()
+    np.testing.assert_allclose(report.standard_errors["net$params"]["bias"], [precision**-0.5], rtol=1e-3)
 
 
 # -- the algebra ---------------------------------------------------------------------------------------------------

@@ -94,6 +94,8 @@ def test_evidence_is_unbiased_and_the_cloud_is_the_posterior(joint, curved):
     # At temperature one the points hold their energies, and the step size has been adapted.
     np.testing.assert_allclose(done.points.terms[0], jax.vmap(terms)(done.points.x[0]), rtol=1e-5)
     assert 0.5 < np.mean(done.acceptance) < 0.95
+    # Every stage resamples, so fewer and fewer of the first draws have descendants.
+    assert np.all((done.num_ancestors > 1) & (done.num_ancestors < 0.8 * NUM_PARTICLES))
 
 
 def test_from_temperature_one_it_is_a_burn_in():
@@ -102,6 +104,7 @@ def test_from_temperature_one_it_is_a_burn_in():
     done, moments = program(False, True)(KEYS, start, 1.0)
     np.testing.assert_array_equal(done.num_stages, 1)
     np.testing.assert_array_equal(done.log_evidence, 0.0)
+    np.testing.assert_array_equal(done.num_ancestors, NUM_PARTICLES)
     assert not np.any(done.unfinished)
     scores = z_score(moments, MOMENTS)
     assert np.all(abs(scores) < STANDARD_ERRORS), scores

@@ -23,7 +23,7 @@ LARGEST_SCORES = 20_000_000  # particles times coordinates of theta up to which 
 DRAWS_WORK = 1e9  # array elements that the draws of a report may cost
 SLOPES_WORK = 3e8  # times the number of parameters: what its derivatives may cost
 FEWEST_ISLANDS, MOST_ISLANDS = 8, 64
-TEMPERED_ISLANDS = 16
+TEMPERED_ISLANDS = 16  # of fewer the spread, and with it the stated error, is itself uncertain
 WIDE_ISLANDS = 8
 TRANSPORT_WORK = 1e10  # array elements of the transport of the latents, which is differentiated three times
 

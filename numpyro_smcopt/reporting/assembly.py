@@ -85,9 +85,11 @@ def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Re
             "score_z": unravel(curvature.score_z, found.fixed.theta),
             "standard_error_noise": unravel(curvature.noise, found.fixed.theta),
             "laplace_log_evidence": found.laplace,
+            "distance": unravel(_distance(curvature), found.fixed.theta),
             "pareto_k": found.pareto_k,
             "tempered": found.tempered,
             "acceptance_rate": found.acceptance,
+            "unique_ancestors": found.num_ancestors,
         },
         warnings=tuple(warnings),
         theta=found.fixed.theta,
@@ -111,6 +113,13 @@ def _jumps(found: Exploration) -> bool:
 
 def _arrays(slopes: Slopes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.asarray(v, float) for v in (slopes.score, slopes.information, slopes.complete))  # type: ignore[return-value]
+
+
+def _distance(curvature: Curvature) -> np.ndarray:
+    """[P] signed way to the maximum in standard errors; NaN where there is none."""
+    deviation = np.sqrt(np.diag(curvature.covariance))
+    unknown = np.full(len(deviation), np.nan)
+    return np.divide(curvature.steps.mean(0), deviation, out=unknown, where=curvature.identified & (deviation > 0))
 
 
 def _unknown(size: int) -> Curvature:

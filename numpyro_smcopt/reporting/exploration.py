@@ -43,6 +43,8 @@ class Exploration(NamedTuple):
         tempered: Whether drawing from the reference did not suffice.
         acceptance: Mean acceptance of the last moves; NaN if nothing was moved.
         num_unfinished: Blocks of islands that did not reach temperature one.
+        num_ancestors: Draws at the start of a tempered island that have descendants, in the worst block of the worst
+            island; NaN if nothing was tempered.
         slopes: Derivatives of minus the log marginal likelihood; None if theta is too large, or absent.
         outer: [P, P] outer product of the scores of independent units, if it was asked for.
         pareto_k: Tail index of the importance weights in the worst block; NaN if none were used.
@@ -59,6 +61,7 @@ class Exploration(NamedTuple):
     tempered: bool
     acceptance: float
     num_unfinished: int
+    num_ancestors: float
     slopes: programs.Slopes | None
     outer: np.ndarray | None
     pareto_k: float
@@ -128,16 +131,20 @@ def explore(
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
     rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
     pareto_k = _pareto_k(np.asarray(drawn.worst_log_weights))
-    tempered = not found.trustworthy
-    acceptance, num_unfinished = np.nan, 0
+    # A heavy tail says the same as few effective draws: a part of the posterior, another mode for instance, is left to
+    # the components that reach everywhere.
+    tempered = not found.trustworthy or pareto_k > HEAVY_TAIL
+    acceptance, num_unfinished, num_ancestors = np.nan, 0, np.nan
     if tempered:
-        num = min(num, budget.TEMPERED_ISLANDS)
-        keys, some = random.split(rng_key, num), uniforms[:num]
+        num = budget.TEMPERED_ISLANDS
+        keys = random.split(rng_key, num)
+        some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
         done = jax.device_get(start.call(*temper, keys, some, order, drawn, blocks, found.missed))
         found = islands.combine_tempered(done.log_evidence)
         rest, pareto_k = (done.slopes, done.outer, done.samples, done.log_weights), np.nan
         acceptance, num_unfinished = float(np.mean(done.acceptance)), int(np.sum(done.num_unfinished))
+        num_ancestors = float(np.min(done.num_ancestors))
     fixed, reference = jax.device_get((drawn.fixed, drawn.reference._replace(factor=None, inverse=None)))
     at_center = -float(np.sum(reference.base, dtype=float))
     approximation = at_center + float(np.sum(reference.laplace, dtype=float))
@@ -154,6 +161,7 @@ def explore(
         tempered=tempered,
         acceptance=acceptance,
         num_unfinished=num_unfinished,
+        num_ancestors=num_ancestors,
         slopes=slopes,
         outer=outer,
         pareto_k=pareto_k,
@@ -190,6 +198,7 @@ def _explore_wide(
         tempered=True,
         acceptance=float(np.mean(done.acceptance)),
         num_unfinished=int(np.sum(done.num_unfinished)),
+        num_ancestors=float(np.min(done.num_ancestors)),
         slopes=done.slopes,
         outer=done.outer,
         pareto_k=np.nan,
@@ -212,6 +221,7 @@ def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Expl
         tempered=False,
         acceptance=np.nan,
         num_unfinished=0,
+        num_ancestors=np.nan,
         slopes=slopes,
         outer=outer,
         pareto_k=np.nan,
@@ -246,11 +256,6 @@ def about_draws(found: Exploration) -> list[str]:
         warnings.append(
             f"Only {np.min(found.ess):.0f} effective draws in the worst block of latents: errors may be larger than "
             "stated. Reparametrise the model, or compare with another key."
-        )
-    if found.pareto_k > HEAVY_TAIL:
-        warnings.append(
-            f"The importance weights of the worst block of latents have a heavy tail (Pareto k {found.pareto_k:.2f}): "
-            "errors may be larger than stated. Compare with another key."
         )
     if found.std > NOISY_EVIDENCE:
         warnings.append(f"The log evidence is uncertain by {found.std:.1f} nats.")

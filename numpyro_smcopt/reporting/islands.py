@@ -189,12 +189,14 @@ class TemperedIsland(NamedTuple):
         log_evidence: [B] estimates relative to the Laplace approximation.
         acceptance: [] mean acceptance of the last move.
         num_unfinished: [] blocks that did not reach temperature one.
+        num_ancestors: [] draws at the start that have descendants, in the worst block.
     """
 
     x: Array
     log_evidence: Array
     acceptance: Array
     num_unfinished: Array
+    num_ancestors: Array
 
 
 def temper_island(
@@ -249,7 +251,11 @@ def temper_island(
     cold = jnp.zeros(blocks.num_blocks, x.dtype)
     done = tempering.temper(key_move, two_terms, x, starts, paired, kernel, step, curvature, cold)
     return TemperedIsland(
-        done.points.x, done.log_evidence - reference.laplace, jnp.mean(done.acceptance), jnp.sum(done.unfinished)
+        done.points.x,
+        done.log_evidence - reference.laplace,
+        jnp.mean(done.acceptance),
+        jnp.sum(done.unfinished),
+        jnp.min(done.num_ancestors),
     )
 
 

@@ -141,6 +141,7 @@ class Tempered(NamedTuple):
         log_evidence: [R, B] estimates, relative to the Laplace approximation if there is a reference.
         acceptance: [R] mean acceptances of the last moves.
         num_unfinished: [R] blocks that did not reach temperature one.
+        num_ancestors: [R] draws at the start that have descendants, in the worst block.
         free: [] log density of the terms that depend on no latent; 0 if there is a reference.
         slopes: See `Slopes`.
         outer: [P, P] see `_outer_scores`.
@@ -151,6 +152,7 @@ class Tempered(NamedTuple):
     log_evidence: Array
     acceptance: Array
     num_unfinished: Array
+    num_ancestors: Array
     free: Array
     slopes: Slopes | None
     outer: Array | None
@@ -173,7 +175,8 @@ def temper_program(kernel: InvariantKernel, informing: bool, sandwich: bool) -> 
         free, outer = jnp.zeros((), done.x.dtype), None
         if sandwich:
             outer = _outer_scores(target, theta, reference, drawn.transport, blocks, islands)
-        return Tempered(done.log_evidence, done.acceptance, done.num_unfinished, free, slopes, outer, *samples)
+        about = done.log_evidence, done.acceptance, done.num_unfinished, done.num_ancestors
+        return Tempered(*about, free, slopes, outer, *samples)
 
     return program
 
@@ -201,15 +204,17 @@ def wide_program(
             cloud = first_cloud(
                 key, target, fixed.theta, blocks, mode, kernel, num_particles, init_strategy=init_strategy
             )
-            return cloud.points.x, cloud.log_evidence, jnp.mean(cloud.acceptance), jnp.sum(cloud.unfinished)
+            about = jnp.mean(cloud.acceptance), jnp.sum(cloud.unfinished), jnp.min(cloud.num_ancestors)
+            return cloud.points.x, cloud.log_evidence, *about
 
-        x, log_evidence, acceptance, num_unfinished = lax.map(one, rng_keys)
+        x, log_evidence, acceptance, num_unfinished, num_ancestors = lax.map(one, rng_keys)
         islands = Islands(x, jnp.zeros((*x.shape[:2], blocks.num_blocks), x.dtype))
         slopes = _differentiate(target, fixed.theta, None, None, blocks, islands) if informing else None
         samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
         free = -blocks.sum_free_terms(terms_fn(flat, x[0, 0]))
         outer = _outer_scores(target, fixed.theta, None, None, blocks, islands) if sandwich else None
-        return fixed, Tempered(log_evidence, acceptance, num_unfinished, free, slopes, outer, *samples)
+        about = log_evidence, acceptance, num_unfinished, num_ancestors
+        return fixed, Tempered(*about, free, slopes, outer, *samples)
 
     return program
 

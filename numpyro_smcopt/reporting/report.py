@@ -63,7 +63,14 @@ class Report:
         samples: Latent and deterministic sites at the estimate, [S, ...] each.
         log_weights: [S] normalised log weights of the samples; equal where the latents fall into several blocks.
         ess: Effective number of independent draws behind the report, in the worst block.
-        diagnostics: Numbers behind the warnings, by name.
+        diagnostics: Numbers behind the warnings. ``score_z``, like ``theta``: the score at the estimate over its error,
+            that of Monte Carlo and of rounding. ``distance``, like ``theta``: the way from the estimate to the maximum,
+            in standard errors. ``standard_error_noise``, like ``theta``: relative Monte Carlo error of the standard
+            errors. ``laplace_log_evidence``: Laplace's approximation of ``log_evidence``; NaN if there is none.
+            ``pareto_k``: tail index of the importance weights in the worst block; NaN if there are none, minus infinity
+            without a tail. ``tempered``: whether populations were tempered instead; then ``unique_ancestors`` counts
+            the first draws that have descendants, in the worst block of the worst population, and ``acceptance_rate``
+            is that of the last moves.
         warnings: What is wrong or special, and what to do about it.
         theta: The estimate, unconstrained.
         theta_covariance: [P, P] covariance of the flat ``theta``.
@@ -169,19 +176,31 @@ class Report:
         rows = [[name, *values] for name, *values in zip(self.names, *columns, *ends.T, strict=True)]
         texts = [header] + [[row[0], *(_number(v, row[2]) for v in row[1:])] for row in rows]
         widths = [max(len(text[k]) for text in texts) for k in range(len(header))]
-        lines = [""]
-        lines += [
-            f"{t[0]:<{widths[0]}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(t[1:], widths[1:], strict=True))
-            for t in texts
-        ]
+        lines = ["", *("  ".join(f"{v:>{w}}" for v, w in zip(text, widths, strict=True)) for text in texts)]
         lines += [
             "",
             f"log evidence  {self.log_evidence:.3f} (MC error {self.log_evidence_std:.2g})",
             f"AIC {self.aic:.2f}   BIC {self.bic:.2f}   {self.num_parameters} parameters, "
             f"{self.num_observations} observations, {self.ess:.0f} effective draws",
+            *self._checks(),
         ]
         lines += [f"Note: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _checks(self) -> list[str]:
+        """A line: is theta at the maximum, and did the draws suffice?"""
+        about, parts = self.diagnostics, []
+        distance, score_z = ravel(about["distance"]), ravel(about["score_z"])
+        if np.any(np.isfinite(distance)):
+            k = int(np.nanargmax(np.abs(distance)))
+            parts.append(f"{abs(distance[k]):.1g} standard errors from the maximum (score z {score_z[k]:.1f})")
+        if np.isfinite(self.ess) and np.isfinite(about["laplace_log_evidence"]):
+            parts.append(f"Laplace approximation {about['laplace_log_evidence']:.3f}")
+        if about["tempered"]:
+            parts.append(f"tempered, {about['unique_ancestors']:.0f} unique ancestors")
+        elif np.isfinite(about["pareto_k"]):
+            parts.append(f"Pareto k {about['pareto_k']:.2f}")
+        return ["   ".join(parts)] if parts else []
 
 
 def ravel(tree: Any, trailing: int | None = None) -> np.ndarray:
@@ -215,11 +234,6 @@ def acts_elementwise(constraint: Constraint) -> bool:
         constraint = constraint.base_constraint
     transform = biject_to(constraint)
     return transform.domain.event_dim == 0 and transform.codomain.event_dim == 0
-
-
-def _line(text: list[str], widths: list[int]) -> str:
-    first, *rest = (f"{v:>{w}}" for v, w in zip(text, widths, strict=True))
-    return "  ".join([f"{text[0]:<{len(first)}}", *rest])
 
 
 def _key(key: Any) -> str:

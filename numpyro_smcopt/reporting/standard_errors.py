@@ -18,6 +18,7 @@ NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
 SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
 PART = 1e-4  # squared component in a singular direction, above which a coordinate is not identified
 SHOWN_PART = 0.05
+ROUNDING = 1e-6  # error of a score in single precision, in units of its spread under the complete-data information
 
 
 class Curvature(NamedTuple):
@@ -27,7 +28,7 @@ class Curvature(NamedTuple):
         covariance: [P, P]; zero in the rows of coordinates that are not identified.
         identified: [P] of bool.
         steps: [R, P] the way to the maximum as each island sees it, ``-I^-1 score``.
-        score_z: [P] mean score over its Monte Carlo standard error; 0 where both vanish.
+        score_z: [P] mean score over its error, that of Monte Carlo and of rounding; 0 where both vanish.
         noise: [P] relative Monte Carlo standard deviation of the standard errors.
         singular: Descriptions of the directions without information.
         num_singular: How many there are.
@@ -89,7 +90,8 @@ def curvature_of(
     spread = np.einsum("ij,rjk,ki->ri", covariance, information - mean, covariance)
     with np.errstate(invalid="ignore", divide="ignore"):
         se_noise = mean_and_error(spread)[1] / (2 * np.diag(covariance))
-        score_z = np.where(mean_score != 0, mean_score / mean_and_error(score)[1], 0.0)
+        score_error = np.hypot(mean_and_error(score)[1], ROUNDING * np.sqrt(complete))
+        score_z = np.where(mean_score != 0, mean_score / score_error, 0.0)
     usable = identified[:, None] & identified
     return Curvature(
         np.where(usable, covariance, 0.0),
