@@ -21,7 +21,7 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt import effects, loop
-from numpyro_smcopt.algorithms import budget, faults
+from numpyro_smcopt.algorithms import budget, faults, many_runs
 from numpyro_smcopt.algorithms.gradients import surroundings
 from numpyro_smcopt.algorithms.journal import Journal, check_path
 from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
@@ -216,6 +216,7 @@ class ParticleAlgorithm(abc.ABC):
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 500,
         early_stop: bool | EarlyStop = False,
+        num_runs: int = 1,
         **kwargs: Any,
     ) -> RunResult:
         """Start and update ``num_steps`` times.
@@ -226,17 +227,22 @@ class ParticleAlgorithm(abc.ABC):
             *args: Arguments of the model.
             progress_bar: Whether to show a bar.
             stable_update: Accepted for compatibility with SVI; updates are always stable.
-            init_state: A state to go on from.
-            init_params: Constrained starting values of param sites.
+            init_state: A state to go on from; for several runs a list, ``result.runs.states``.
+            init_params: Constrained starting values of param sites; for several runs with or without a leading axis of
+                length ``num_runs``, site by site.
             checkpoint: A file that is written at the start, every ``checkpoint_every`` updates and at the end; `resume`
                 goes on from it, also in another process.
             checkpoint_every: Updates between two checkpoints.
             early_stop: Whether to end when nothing is left to be gained (status ``CONVERGED``), or an `EarlyStop` that
                 says when that is. Off by default, so that a run is as long as it was asked to be, as in SVI.
+            num_runs: How many independent runs are made at once, in one compiled program. They differ in their keys,
+                ``random.split(rng_key, num_runs)``, hence in the starting values that a `numpyro.param` draws with its
+                key, and in ``init_params`` with a leading axis. With ``early_stop`` they end when all have arrived.
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            The estimate, the last state, losses and diagnostics.
+            The estimate, the last state, losses and diagnostics; of several runs those of the best, and all of them as
+            ``runs``.
 
         Raises:
             ValueError: If an argument cannot be used; the message says which and what to do.
@@ -244,21 +250,30 @@ class ParticleAlgorithm(abc.ABC):
         """
         del stable_update
         num_steps, checkpoint_every = positive("num_steps", num_steps), positive("checkpoint_every", checkpoint_every)
+        num_runs = positive("num_runs", num_runs)
         stop = EarlyStop() if early_stop is True else early_stop or None
         if stop is not None and not isinstance(stop, EarlyStop):
             raise TypeError(f"early_stop must be True, False or an EarlyStop, got {early_stop!r}.")
         if checkpoint is not None:
             check_path(checkpoint)
+            if num_runs > 1:
+                raise ValueError(f"A checkpoint holds a single run, but num_runs is {num_runs}. Leave one of them out.")
         arrays, static = self._bind(args, kwargs)
+        if num_runs > 1:
+            plan = many_runs.Plan(num_runs, num_steps, static, arrays, progress_bar, stop)
+            if init_state is None:
+                states = many_runs.begin(self, plan, rng_key, init_params)
+            else:
+                states = [self._adopted(static, arrays, state) for state in several(init_state, num_runs)]
+            self._check_stop(stop, states[0])
+            return many_runs.live(self, plan, states, random.key(0) if rng_key is None else rng_key)
         if init_state is None:
             # A handler may keep a state of its own or replace controls: then nobody knows the state yet.
             plain = not self.handlers and not effects.handlers_are_active()
             prepare = lambda state: self._run_program().prepare(static, arrays, state, np.int32(1)) if plain else None  # noqa: E731
             state = self._init(rng_key, arrays, static, init_params, prepare)
         else:
-            adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
-            state = self._program("adopt", adopt)(static, arrays, init_state, arrays)
-            self._refuse_wrong_blocks(state)
+            state = self._adopted(static, arrays, init_state)
         journal = None
         if checkpoint is not None:
             journal = Journal(checkpoint, checkpoint_every, self._identity(static, arrays), num_steps, stop=stop)
@@ -314,11 +329,7 @@ class ParticleAlgorithm(abc.ABC):
         stop: EarlyStop | None,
     ) -> RunResult:
         """Run to the end from a state and the records that led to it."""
-        if stop is not None and "gradient" not in state.diagnostics:
-            raise ValueError(
-                "early_stop needs a marginal likelihood and its gradient, for at most "
-                f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
-            )
+        self._check_stop(stop, state)
 
         def arrived(state: Any, records: Any, done: int) -> bool:
             del done
@@ -337,6 +348,24 @@ class ParticleAlgorithm(abc.ABC):
         )
         if journal is not None:
             journal.write(state, records, len(records[0]["loss"]), status)
+        return self._result(state, records, status)
+
+    def _adopted(self, static: StaticArguments, arrays: list[Array], state: Any) -> Any:
+        """A state to go on from, under the data."""
+        adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
+        state = self._program("adopt", adopt)(static, arrays, state, arrays)
+        self._refuse_wrong_blocks(state)
+        return state
+
+    def _check_stop(self, stop: EarlyStop | None, state: Any) -> None:
+        if stop is not None and "gradient" not in state.diagnostics:
+            raise ValueError(
+                "early_stop needs a marginal likelihood and its gradient, for at most "
+                f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
+            )
+
+    def _result(self, state: Any, records: Any, status: Status) -> RunResult:
+        """What a run returns; warns of what went wrong in it."""
         diagnostics, trajectory, path = records
         if status is not Status.INTERRUPTED:
             found = self._report_faults(state, diagnostics)
@@ -350,18 +379,19 @@ class ParticleAlgorithm(abc.ABC):
         """`loop.chunk` of announced steps, compiled; records are diagnostics and iterates."""
 
         def advance(target: Target, state: Any, num: Array) -> tuple[Any, Any]:
-            def one(state: Any) -> tuple[Any, Any]:
-                state = self._announced(lambda state, controls: self._step(target, state, controls), state)
-                small = sum(leaf.size for leaf in jax.tree.leaves(state.theta)) <= LARGEST_TRAJECTORY
-                scalars = {name: value for name, value in state.diagnostics.items() if value.ndim == 0}
-                gradient = state.diagnostics.get("gradient")
-                path = {} if gradient is None else {"theta": ravel_pytree(state.theta)[0], "gradient": gradient}
-                return state, (scalars, target.constrain_params(state.theta) if small else {}, path)
-
-            return loop.chunk(one, state, num)
+            return loop.chunk(lambda state: self._recorded_step(target, state), state, num)
 
         # A program traced under a handler of the user is thrown away: caches do not look at the handler stack.
         return self._program("run", advance, keep=not effects.handlers_are_active())
+
+    def _recorded_step(self, target: Target, state: Any) -> tuple[Any, Any]:
+        """An announced step; diagnostics, iterate, and what convergence is seen from."""
+        state = self._announced(lambda state, controls: self._step(target, state, controls), state)
+        small = sum(leaf.size for leaf in jax.tree.leaves(state.theta)) <= LARGEST_TRAJECTORY
+        scalars = {name: value for name, value in state.diagnostics.items() if value.ndim == 0}
+        gradient = state.diagnostics.get("gradient")
+        path = {} if gradient is None else {"theta": ravel_pytree(state.theta)[0], "gradient": gradient}
+        return state, (scalars, target.constrain_params(state.theta) if small else {}, path)
 
     def _inverse_information(self, static: StaticArguments, arrays: list[Array], state: Any) -> np.ndarray:
         """[P, P] inverse observed information: what the step of theta knows, or from the particles."""
@@ -646,6 +676,16 @@ def _describe(records: Any) -> str:
     if "acceptance_rate" in diagnostics:
         parts.append(f"accept {np.mean(diagnostics['acceptance_rate']):.2f}")
     return ", ".join(parts)
+
+
+def several(states: Any, num_runs: int) -> list[Any]:
+    """A list of states, one per run, or a ValueError."""
+    if not isinstance(states, list | tuple) or hasattr(states, "_fields") or len(states) != num_runs:
+        got = f"{len(states)} of them" if isinstance(states, list) else type(states).__name__
+        raise ValueError(
+            f"init_state must be a list of {num_runs} states, one per run, such as result.runs.states; got {got}."
+        )
+    return list(states)
 
 
 def positive(name: str, number: Any) -> int:
