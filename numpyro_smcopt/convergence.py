@@ -124,7 +124,7 @@ def r_hat(paths: np.ndarray) -> np.ndarray:
 
     Source: Gelman and Rubin 1992.
     """
-    tail = np.asarray(paths[len(paths) // 2 :], float)
+    tail = np.asarray(paths[len(paths) - len(paths) // 2 :], float)
     length, num_runs = tail.shape[:2]
     if length < 2 or num_runs < 2:
         return np.full(tail.shape[2:], np.nan)
