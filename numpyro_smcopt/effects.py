@@ -39,6 +39,20 @@ def handlers_are_active() -> bool:
     return bool(_PYRO_STACK)
 
 
+def check_handlers(handlers: Any) -> tuple[Messenger, ...]:
+    """Handlers to be bound, as a tuple.
+
+    Raises:
+        TypeError: If they are no sequence of handlers.
+    """
+    if not isinstance(handlers, list | tuple) or not all(isinstance(handler, Messenger) for handler in handlers):
+        raise TypeError(
+            "handlers must be a list of NumPyro handlers, such as [numpyro_smcopt.handlers.adapt_step_size()], got "
+            f"{handlers!r}."
+        )
+    return tuple(handlers)
+
+
 class _Recorder(Messenger):
     """Innermost handler: tells the others which sites are ours, records them, and feeds the state of handlers.
 

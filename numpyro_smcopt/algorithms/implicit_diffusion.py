@@ -28,14 +28,14 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.algorithms import faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive, whole_or_none
 from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Assessed, Chains, Sampler
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.target import Target, check_key
 from numpyro_smcopt.theta_step import as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
@@ -147,7 +147,9 @@ class ImplicitDiffusion(ParticleAlgorithm):
             MarginalLikelihood(control_variates=optim is None) if objective is None else as_objective(objective)
         )
         self.sampler = sampler or Chains()
-        self.num_particles = None if num_particles is None else positive("num_particles", num_particles)
+        self.num_particles = whole_or_none("num_particles", num_particles)
+
+    _state_type = ImplicitDiffusionState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> ImplicitDiffusionState:
@@ -246,6 +248,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             *args: Arguments of the model.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: ImplicitDiffusionState) -> Array:
@@ -272,6 +275,9 @@ class ImplicitDiffusion(ParticleAlgorithm):
         Raises:
             ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
         """
+        self._check_state(state)
+        if rng_key is not None:
+            check_key(rng_key)
         arrays, static = self._bind_again(args, kwargs)
         num = positive("num_samples", self.sampler.size(state.particles) if num_samples is None else num_samples)
 

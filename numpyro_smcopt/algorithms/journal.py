@@ -91,9 +91,12 @@ def check_path(path: str | os.PathLike) -> None:
     """Refuse what cannot become the checkpoint of a new run, before anything is computed.
 
     Raises:
+        TypeError: If it is no path.
         FileExistsError: If there is a file already, which would be destroyed.
         FileNotFoundError: If there is no directory to hold it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint must be the path of a file, got {path!r}.")
     if Path(path).exists():
         raise FileExistsError(
             f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."

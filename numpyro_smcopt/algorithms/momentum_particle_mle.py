@@ -32,7 +32,7 @@ from jax import lax, random
 
 from numpyro_smcopt import tempering
 from numpyro_smcopt.algorithms import budget, faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
 from numpyro_smcopt.algorithms.gradients import gradient_of_rest, surroundings
 from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator
 from numpyro_smcopt.algorithms.start import (
@@ -239,10 +239,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
     ) -> None:
         refuse_foreign_arguments(static_kwargs)
         super().__init__(model, handlers, static_kwargs)
-        if num_particles is not None and (
-            isinstance(num_particles, bool) or not isinstance(num_particles, int | np.integer) or num_particles < 1
-        ):
-            raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}.")
+        num_particles = whole_or_none("num_particles", num_particles)
+        check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
+        check_number("bias_tolerance", bias_tolerance)
+        if averaging is not None:
+            check_number("averaging", averaging)
+        if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
+            raise TypeError(
+                "preconditioning must be an object from numpyro_smcopt.kernels.preconditioners, such as diagonal, got "
+                f"{preconditioning!r}."
+            )
         if kernel is not None and not isinstance(kernel, VelocityKernel):
             raise TypeError(
                 "kernel must move particles that have a velocity: kernels.Underdamped() or "
@@ -281,6 +287,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         self._latents = LatentStep(
             kernel or Underdamped(), self.latent_step_size, self.latent_damping, preconditioning, bias_tolerance
         )
+
+    _state_type = MomentumState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> MomentumState:
@@ -526,6 +534,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             *args: Arguments of the model.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: MomentumState) -> Array:
@@ -541,6 +550,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
         See `ParticleAlgorithm.get_weighted_samples`.
         """
+        self._check_state(state)
         message = (
             "MomentumParticleMLE does not weigh its particles, so their log weights are equal. Use get_samples, or "
             "SMCOptimizer for weights and a running log evidence."
