@@ -92,13 +92,15 @@ def main():
     args = parser.parse_args()
     problems, _ = load(args.bank)
     found = {}
-    print(f"{'problem':<16}{'rule':<14}" + "".join(f"{value:>14}" for value in TARGETS))
+    print(f"{'problem':<16}{'rule':<14}" + "".join(f"{value:>16}" for value in TARGETS))
     for name in args.problems:
         found[name] = measure(problems[name], args.particles, args.steps, args.seed)
         for k, rule in enumerate(RULES):
             values = found[name][:, k]
             cells = (f"{m:.3f} +- {s:.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True))
-            print(f"{name:<16}{rule:<14}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
+            print(f"{name:<16}{rule:<14}" + "".join(f"{cell:>16}" for cell in cells))
+            near = np.mean(abs(values / np.array(TARGETS) - 1) < 0.1, 0)
+            print(f"{'':<16}{'within 10 %':<14}" + "".join(f"{share:>16.0%}" for share in near), flush=True)
     if args.output:
         draw(found, args.output)
 

@@ -356,6 +356,8 @@ class ParticleAlgorithm(abc.ABC):
             lambda state, num: program(static, arrays, state, num), state, num_steps, progress, past=past, pauses=pauses
         )
         if journal is not None:
+            if journal.converged and len(records[0]["loss"]) == done:  # it had ended before
+                status = Status.CONVERGED
             journal.write(state, records, len(records[0]["loss"]), status)
         return self._result(state, records, status)
 

@@ -208,9 +208,10 @@ class Chains(Sampler):
             new, told = jax.vmap(move)(draw_noise(random.fold_in(rng_key, k), old.x, num_uniforms), old)
             if adjusted:
                 return new, jnp.mean(told, 0)
-            return new, kept_fraction(
-                particles.log_weights, incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
-            )
+            change = incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
+            # Of those that met a finite energy: the others are not for the step size to answer for.
+            met = jnp.maximum(jnp.mean(jnp.isfinite(change), 0), 1 / num)
+            return new, kept_fraction(particles.log_weights, change) / met
 
         moved, quality = lax.fori_loop(0, self.moves_per_update, body, (here, jnp.zeros_like(step.size)))
         moved, num_lost = _without_lost(moved, points, blocks)
