@@ -49,7 +49,7 @@ from numpyro_smcopt.convergence import EarlyStop
 from numpyro_smcopt.evidence import LogEvidence, log_evidence
 from numpyro_smcopt.inference_data import to_arviz
 from numpyro_smcopt.reporting.report import Report
-from numpyro_smcopt.results import RunResult, Status
+from numpyro_smcopt.results import RunResult, Runs, Status
 from numpyro_smcopt.target import latents_to_params
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ __all__ = [
     "MomentumParticleMLE",
     "Report",
     "RunResult",
+    "Runs",
     "SMCOptimizer",
     "Status",
     "compare",

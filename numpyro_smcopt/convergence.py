@@ -107,6 +107,33 @@ def look(theta: np.ndarray, gradient: np.ndarray, inverse_information: np.ndarra
     return Look(z, moving, promise, promise + 0.5 * float(np.sum(of_whitened) + np.sum(of_theta)))
 
 
+def r_hat(paths: np.ndarray) -> np.ndarray:
+    """Potential scale reduction of independent runs, from the last half of their iterates.
+
+    With ``W`` the mean over the runs of the variance within a tail of length ``n``, and ``V`` the variance of the means
+    of the tails, it is ``sqrt((n - 1) / n + V / W)``: how much wider the iterates of all runs are spread than those of
+    one. The iterates of a run that arrived are spread by the noise of its gradients, those of one that still moves by
+    its motion; either way a value near one says that the runs differ by no more than a single one wavers. Differences
+    smaller than the rounding of the iterates count as none.
+
+    Args:
+        paths: [T, K, ...] iterates of K runs.
+
+    Returns:
+        [...] of every coordinate; NaN for fewer than four iterates or two runs.
+
+    Source: Gelman and Rubin 1992.
+    """
+    tail = np.asarray(paths[len(paths) - len(paths) // 2 :], float)
+    length, num_runs = tail.shape[:2]
+    if length < 2 or num_runs < 2:
+        return np.full(tail.shape[2:], np.nan)
+    rounding = 4 * np.finfo(paths.dtype).eps * np.max(np.abs(tail), (0, 1))
+    within = np.mean(np.var(tail, 0, ddof=1), 0)
+    floor = np.maximum(rounding**2, np.finfo(float).tiny)
+    return np.sqrt((length - 1) / length + np.var(np.mean(tail, 0), 0, ddof=1) / np.maximum(within, floor))
+
+
 def _mean_and_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [P] of the tail of ``values [T, P]`` and the variance [P] of that mean."""
     length = len(values) // 2 // NUM_BATCHES

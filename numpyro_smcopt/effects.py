@@ -39,6 +39,20 @@ def handlers_are_active() -> bool:
     return bool(_PYRO_STACK)
 
 
+def check_handlers(handlers: Any) -> tuple[Messenger, ...]:
+    """Handlers to be bound, as a tuple.
+
+    Raises:
+        TypeError: If they are no sequence of handlers.
+    """
+    if not isinstance(handlers, list | tuple) or not all(isinstance(handler, Messenger) for handler in handlers):
+        raise TypeError(
+            "handlers must be a list of NumPyro handlers, such as [numpyro_smcopt.handlers.adapt_step_size()], got "
+            f"{handlers!r}."
+        )
+    return tuple(handlers)
+
+
 class _Recorder(Messenger):
     """Innermost handler: tells the others which sites are ours, records them, and feeds the state of handlers.
 
@@ -114,13 +128,22 @@ class Shell:
         for handler in _PYRO_STACK:
             if isinstance(handler, control):
                 handler.check_names(values)
+            elif isinstance(handler, adapt):
+                handler.check_name("steers", handler.site, values)
         return {
             name: _in_place_of(value, numpyro.deterministic(PREFIX + name, value), name)
             for name, value in values.items()
         }
 
     def diagnostics(self, values: Mapping[str, Array]) -> None:
-        """Announce the diagnostic sites."""
+        """Announce the diagnostic sites.
+
+        Raises:
+            ValueError: If a rule observes another one.
+        """
+        for handler in _PYRO_STACK:
+            if isinstance(handler, adapt):
+                handler.check_name("observes", handler.rule.observes, values)
         for name, value in values.items():
             numpyro.deterministic(PREFIX + name, value)
 
@@ -203,6 +226,11 @@ class adapt(Messenger):  # named like the handlers of NumPyro
 
     def __repr__(self) -> str:
         return f"adapt({self.site!r}, {self.rule!r})"
+
+    def check_name(self, does: str, name: str, announced: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a site that this steers or observes is not among those that an algorithm announces."""
+        if name not in announced:
+            raise ValueError(f"{self!r} {does} '{name}', but the sites here are {sorted(announced)}.")
 
     def process_message(self, msg: dict) -> None:
         """Put the rule's value in the place of the control."""

@@ -28,6 +28,7 @@ from numpyro_smcopt.target import (
     StaticArguments,
     Target,
     check_init_params,
+    check_key,
     check_start,
     flat_terms,
     join_arguments,
@@ -103,6 +104,10 @@ def log_evidence(
         >>> round(found.log_evidence, 2)
         -8.01
     """
+    if not callable(model):
+        raise TypeError(f"model must be a callable with NumPyro primitives, got {type(model).__name__}.")
+    if rng_key is not None:
+        check_key(rng_key)
     arrays, static = split_arguments(args, kwargs)
     target = make_target(model, *join_arguments(arrays, static))
     params = {} if params is None else params

@@ -5,6 +5,8 @@
 import enum
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from numpyro_smcopt.types import Array, Params
 
 
@@ -28,6 +30,7 @@ class RunResult(NamedTuple):
         diagnostics: Arrays [T], one per diagnostic site (without the prefix ``smcopt/``).
         status: How the run ended.
         trajectory: The iterates, constrained, each [T, ...]; empty if theta is too large to be kept.
+        runs: All runs, if there were several; the other fields are those of the best.
     """
 
     params: Params
@@ -36,3 +39,32 @@ class RunResult(NamedTuple):
     diagnostics: dict[str, Array]
     status: Status
     trajectory: Params
+    runs: "Runs | None" = None
+
+
+class Runs(NamedTuple):
+    """Several independent runs.
+
+    Attributes:
+        results: What each of the K runs would have returned by itself.
+        best: Which of them has the lowest loss.
+        losses: [K] what they are ranked by: minus the log evidence at the estimate, or for other objectives the mean
+            of the loss over the last quarter of a run.
+        loss_errors: [K] Monte Carlo standard deviations of these.
+        r_hat: ``{param site: array}``, the potential scale reduction of the iterates, see `convergence.r_hat`: near one
+            where all runs ended at the same place, large where some did not. Empty if no iterates were kept.
+        spread: ``{param site: array}``, the standard deviation of the estimates over the runs. Where R-hat is near
+            one this is the Monte Carlo error of the estimate of one run.
+    """
+
+    results: tuple[RunResult, ...]
+    best: int
+    losses: np.ndarray
+    loss_errors: np.ndarray
+    r_hat: Params
+    spread: Params
+
+    @property
+    def states(self) -> list[Any]:
+        """The last state of every run; pass them as ``init_state`` to go on with all."""
+        return [result.state for result in self.results]

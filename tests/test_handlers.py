@@ -16,10 +16,10 @@ from jax import random
 from numpyro.handlers import block, scope, substitute, trace
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_smcopt import SMCOptimizer, one_block
-from numpyro_smcopt.adaptation import FirstOrderLimit, RobbinsMonro
+from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, one_block
+from numpyro_smcopt.adaptation import EssRule, FirstOrderLimit, RobbinsMonro
 from numpyro_smcopt.handlers import adapt, adapt_learning_rate, adapt_step_size, anneal, control, limit_theta_step
-from numpyro_smcopt.kernels import RandomWalk
+from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
 
 Y = np.array([1.0, 2.0, 4.5], np.float32)
 
@@ -144,6 +144,68 @@ def test_control_reaches_what_was_compiled_before_and_substitute_does_not(site, 
     with control(**{site: value}):
         assert acted(state, function(state))
     assert not acted(state, function(state))
+
+
+# -- the other objects -------------------------------------------------------------------------------------------------
+# Site: a value, and what of a state is another one if it acted.
+OTHERS = {
+    MomentumParticleMLE: {
+        "step_size": (0.2, lambda state: state.theta["mean"]),
+        "momentum": (0.5, lambda state: state.motion.velocity),
+        "latent_step_size": (0.2, lambda state: state.points.x),
+        "latent_momentum": (0.25, lambda state: state.cloud.velocity),
+    },
+    ImplicitDiffusion: {
+        "learning_rate": (0.5, lambda state: state.theta["mean"]),
+        "step_size": (0.1, lambda state: state.points.x),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def others():
+    made = {
+        MomentumParticleMLE: MomentumParticleMLE(
+            normal, step_size=0.02, momentum=0.9, latent_step_size=0.1, latent_momentum=0.5, num_particles=8
+        ),
+        ImplicitDiffusion: ImplicitDiffusion(normal, optax.sgd(0.05), sampler=RandomWalk(0.3), num_particles=8),
+    }
+    return {kind: (optimizer, optimizer.init(random.key(0), Y)) for kind, optimizer in made.items()}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_sites_of_the_other_objects_act_and_only_there(kind, others):
+    optimizer, state = others[kind]
+    sites = OTHERS[kind]
+    with trace() as seen:
+        plain = optimizer.update(state, Y)[0]
+    controls = seen.keys() - {f"smcopt/{name}" for name in plain.diagnostics}
+    assert {name.removeprefix("smcopt/") for name in controls} == sites.keys()
+    assert {"loss", "grad_norm", "num_nonfinite", "num_refused", "ess", "acceptance_rate"} <= plain.diagnostics.keys()
+    assert all(value.shape == seen[f"smcopt/{name}"]["value"].shape for name, value in plain.diagnostics.items())
+    update = jax.jit(lambda state: optimizer.update(state, Y)[0])
+    compiled = update(state)
+    for site, (value, look) in sites.items():
+        differs = lambda one, other, look=look: bool(np.any(look(one) != look(other)))  # noqa: E731
+        with jax.checking_leaks(), substitute(data={f"smcopt/{site}": value}):
+            assert differs(optimizer.update(state, Y)[0], plain)
+        with control({site: value}):
+            assert differs(update(state), compiled)
+        assert not differs(update(state), compiled) and not differs(optimizer.update(state, Y)[0], plain)
+    with control({site: value for site, (value, _) in sites.items()}):
+        new = optimizer.run(None, 1, Y, progress_bar=False, init_state=state).state
+    for _, look in sites.values():
+        assert np.max(np.abs(look(new) - look(plain))) > 1e-4
+
+
+def test_a_rule_that_would_never_act_is_refused(others, plain):
+    for kind, (optimizer, state) in {**others, SMCOptimizer: plain}.items():
+        with pytest.raises(ValueError, match=r"adapt\('nothing', .* steers 'nothing', but the sites here are"):
+            with adapt("nothing", RobbinsMonro()):
+                optimizer.update(state, Y)
+        with pytest.raises(ValueError, match=r"observes 'colour', but the sites here are .*'loss'"):
+            with adapt("step_size", RobbinsMonro(observes="colour")):
+                kind(normal).init(random.key(0), Y) if kind is ImplicitDiffusion else optimizer.init(random.key(0), Y)
 
 
 # -- control -----------------------------------------------------------------------------------------------------------
@@ -325,6 +387,35 @@ def test_a_handler_with_a_state_must_be_there_from_the_start_and_stay(plain):
         optimizer.update(with_state, Y)
     with pytest.raises(ValueError, match=r"\['smcopt/adapt_step_size'\] were there at init, but no longer are"):
         optimizer.update(with_state, Y)
+
+
+# -- rules at work -----------------------------------------------------------------------------------------------------
+RULES = {
+    "mala": (MALA(), [], "acceptance_rate", (0.5, 0.65)),
+    "mala by handler": (MALA(target=None), [adapt_step_size(RobbinsMonro(0.574))], "acceptance_rate", (0.5, 0.65)),
+    "ula": (ULA(target=0.9), [], "step_ess", (0.85, 0.95)),
+    "ula by handler": (ULA(target=None), [adapt_step_size(EssRule(0.9, 1.1))], "step_ess", (0.85, 0.95)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_step_sizes_a_thousand_times_off_are_mended_within_a_hundred_updates(name):
+    kernel, handlers, site, (low, high) = RULES[name]
+    optimizer = SMCOptimizer(
+        normal, optax.adam(0.02), kernel=kernel, num_particles=100, partition=one_block, handlers=handlers
+    )
+    state = optimizer.init(random.key(0), Y)
+    right = 0.05 if "ula" in name else 0.25  # both found by runs from there, to a factor of two
+    for factor in (1e-3, 1e3):
+        size = jnp.full(1, factor * right, jnp.float32)
+        begin = state._replace(step=state.step._replace(size=size))
+        if handlers:
+            rule = handlers[0].rule
+            begin = begin._replace(mutable_state={"smcopt/adapt_step_size": {"state": rule.init(size)}})
+        result = optimizer.run(None, 140, Y, progress_bar=False, init_state=begin)
+        # A hundred particles and forty updates: the mean has a standard error below 0.01.
+        assert low < np.mean(result.diagnostics[site][100:]) < high
+        assert not low < np.mean(result.diagnostics[site][:3]) < high
 
 
 def test_rules_are_checked():

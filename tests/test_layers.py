@@ -24,6 +24,7 @@ LAYERS = (
     {"algorithms", "handlers"},
     {"algorithms.*"},
     {"algorithms.base"},
+    {"algorithms.many_runs"},
     {"reporting.assembly"},
     {"reporting.exploration"},
     {"reporting.programs"},

@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax import random
 
-from numpyro_smcopt import SMCOptimizer, Status
+from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
 from numpyro_smcopt.algorithms.safeguards import SHORTER, SHORTEST, SLOWER, next_caution
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
 
@@ -55,7 +55,8 @@ def no_nan(state):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             assert not np.any(np.isnan(leaf)), jax.tree_util.keystr(path)
-    for leaf in jax.tree.leaves((state.points, state.theta, state.params, state.step, state.theta_state)):
+    kept = ("points", "theta", "params", "step", "theta_state", "motion", "cloud", "particles", "assessed")
+    for leaf in jax.tree.leaves([getattr(state, name, None) for name in kept]):
         assert np.all(np.isfinite(leaf))
 
 
@@ -79,6 +80,45 @@ def test_fits_arrive_or_say_that_they_did_not(name):
         result = optimizer.run(random.key(1), 100, Y, 0.5, progress_bar=False, init_state=state)
     assert result.status in (Status.NON_FINITE, Status.WEIGHTS_COLLAPSED)
     no_nan(result.state)
+
+
+UNWEIGHTED = {
+    "momentum": lambda: MomentumParticleMLE(
+        model, num_particles=64, step_size=0.01, momentum=0.9, latent_step_size=0.05, latent_momentum=0.5
+    ),
+    "implicit": lambda: ImplicitDiffusion(model, optax.adam(0.05), sampler=ULA(), num_particles=64),
+}
+
+
+@pytest.mark.parametrize("name", UNWEIGHTED)
+def test_fits_without_weights_arrive_or_say_that_they_did_not(name):
+    optimizer = UNWEIGHTED[name]()
+    state = optimizer.init(random.key(1), Y, 0.0)
+    for rate, statuses in ((0.01, {Status.FINISHED}), (0.1, {Status.FINISHED}), (0.5, {Status.NON_FINITE})):
+        with pytest.warns(UserWarning, match=r"not finite for \d+ particles; they took the place of others"):
+            result = optimizer.run(None, 400, Y, rate, progress_bar=False, init_state=state)
+        # Each of 8 blocks of 64 particles meets a fault where it stood, or where it went.
+        assert 0.7 * rate < np.sum(result.diagnostics["num_nonfinite"]) / (400 * 8 * 64) < 2.2 * rate
+        assert result.status in statuses
+        if result.status is Status.FINISHED:
+            assert abs(result.params["mean"] - Y.mean()) < 0.1 * STANDARD_ERROR
+        no_nan(result.state)
+
+
+def test_an_unweighted_gradient_that_is_not_finite_is_no_part_of_the_state():
+    def rough(y):
+        mean = numpyro.param("mean", 0.5)
+        numpyro.sample("x", dist.Normal(mean, 1.0))
+        numpyro.factor("rough", jnp.sqrt(jnp.square(mean - 0.5)) * 0.0)
+
+    optimizer = ImplicitDiffusion(rough, optax.sgd(0.1), lambda sample: sample["x"], num_particles=16)
+    state = optimizer.init(random.key(0), Y)
+    assert not state.usable
+    new, loss = optimizer.update(state, Y)
+    assert new.theta["mean"] == 0.5 and new.diagnostics["num_refused"] == 1 and np.isfinite(loss)
+    np.testing.assert_allclose(new.caution, SLOWER, rtol=1e-6)
+    for leaf in jax.tree.leaves((new.assessed, new.diagnostics, new.params)):
+        assert np.all(np.isfinite(leaf))
 
 
 def test_a_start_that_is_half_broken_is_refused_by_name():

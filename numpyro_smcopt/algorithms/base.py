@@ -21,7 +21,7 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt import effects, loop
-from numpyro_smcopt.algorithms import budget, faults
+from numpyro_smcopt.algorithms import budget, faults, many_runs
 from numpyro_smcopt.algorithms.gradients import surroundings
 from numpyro_smcopt.algorithms.journal import Journal, check_path
 from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
@@ -42,6 +42,7 @@ from numpyro_smcopt.target import (
     as_array,
     axis_names,
     check_init_params,
+    check_key,
     check_start,
     fingerprint,
     join_arguments,
@@ -73,7 +74,7 @@ class ParticleAlgorithm(abc.ABC):
         if not callable(model):
             raise TypeError(f"model must be a callable with NumPyro primitives, got {type(model).__name__}.")
         self.model = model
-        self.handlers = tuple(handlers)
+        self.handlers = effects.check_handlers(handlers)
         self.static_kwargs = dict(static_kwargs)
         self._programs: dict[Any, Program] = {}
         self._seen: tuple[list[Array], StaticArguments] | None = None
@@ -81,6 +82,8 @@ class ParticleAlgorithm(abc.ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but compiled programs and remembered data."""
         return {**self.__dict__, "_programs": {}, "_seen": None}
+
+    _state_type: type  # of the states of the algorithm
 
     # -- what an algorithm must say -----------------------------------------------------------------------------------
     @abc.abstractmethod
@@ -121,6 +124,7 @@ class ParticleAlgorithm(abc.ABC):
         Raises:
             ValueError: If the model or a starting value cannot be used; the message names the site.
         """
+        check_key(rng_key)
         arrays, static = self._bind(args, kwargs)
         return self._init(rng_key, arrays, static, init_params)
 
@@ -167,6 +171,7 @@ class ParticleAlgorithm(abc.ABC):
             ValueError: If the data do not fit the state (other shapes, or other dependences among the latents). Below a
                 `jax.jit` of the user, where nothing can be raised, the loss is NaN and `get_params` raises.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def compiled(state: Any, controls: dict[str, Any]) -> Any:
@@ -184,6 +189,7 @@ class ParticleAlgorithm(abc.ABC):
 
     def _step_on_data(self, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]) -> Any:
         """`_step` after the state has adopted the data, if they are new to it."""
+        _refuse_foreign(target, state)
         state = jax.lax.cond(
             fingerprint == state.fingerprint,
             lambda state: state._replace(wrong_blocks=jnp.zeros_like(state.wrong_blocks)),
@@ -200,6 +206,7 @@ class ParticleAlgorithm(abc.ABC):
 
     def get_params(self, state: Any) -> Params:
         """The estimate in a state, on the constrained scale of the model."""
+        self._check_state(state)
         self._refuse_wrong_blocks(state)
         return state.params
 
@@ -216,6 +223,7 @@ class ParticleAlgorithm(abc.ABC):
         checkpoint: str | os.PathLike | None = None,
         checkpoint_every: int = 500,
         early_stop: bool | EarlyStop = False,
+        num_runs: int = 1,
         **kwargs: Any,
     ) -> RunResult:
         """Start and update ``num_steps`` times.
@@ -226,17 +234,22 @@ class ParticleAlgorithm(abc.ABC):
             *args: Arguments of the model.
             progress_bar: Whether to show a bar.
             stable_update: Accepted for compatibility with SVI; updates are always stable.
-            init_state: A state to go on from.
-            init_params: Constrained starting values of param sites.
+            init_state: A state to go on from; for several runs a list, ``result.runs.states``.
+            init_params: Constrained starting values of param sites; for several runs with or without a leading axis of
+                length ``num_runs``, site by site.
             checkpoint: A file that is written at the start, every ``checkpoint_every`` updates and at the end; `resume`
                 goes on from it, also in another process.
             checkpoint_every: Updates between two checkpoints.
             early_stop: Whether to end when nothing is left to be gained (status ``CONVERGED``), or an `EarlyStop` that
                 says when that is. Off by default, so that a run is as long as it was asked to be, as in SVI.
+            num_runs: How many independent runs are made at once, in one compiled program. They differ in their keys,
+                ``random.split(rng_key, num_runs)``, hence in the starting values that a `numpyro.param` draws with its
+                key, and in ``init_params`` with a leading axis. With ``early_stop`` they end when all have arrived.
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            The estimate, the last state, losses and diagnostics.
+            The estimate, the last state, losses and diagnostics; of several runs those of the best, and all of them as
+            ``runs``.
 
         Raises:
             ValueError: If an argument cannot be used; the message says which and what to do.
@@ -244,21 +257,32 @@ class ParticleAlgorithm(abc.ABC):
         """
         del stable_update
         num_steps, checkpoint_every = positive("num_steps", num_steps), positive("checkpoint_every", checkpoint_every)
-        stop = EarlyStop() if early_stop is True else early_stop or None
-        if stop is not None and not isinstance(stop, EarlyStop):
+        num_runs = positive("num_runs", num_runs)
+        if not isinstance(early_stop, bool | EarlyStop):
             raise TypeError(f"early_stop must be True, False or an EarlyStop, got {early_stop!r}.")
+        stop = early_stop if isinstance(early_stop, EarlyStop) else EarlyStop() if early_stop else None
         if checkpoint is not None:
             check_path(checkpoint)
+            if num_runs > 1:
+                raise ValueError(f"A checkpoint holds a single run, but num_runs is {num_runs}. Leave one of them out.")
+        if init_state is None or num_runs > 1 and rng_key is not None:
+            check_key(rng_key)
         arrays, static = self._bind(args, kwargs)
+        if num_runs > 1:
+            plan = many_runs.Plan(num_runs, num_steps, static, arrays, progress_bar, stop)
+            if init_state is None:
+                states = many_runs.begin(self, plan, rng_key, init_params)
+            else:
+                states = [self._adopted(static, arrays, state) for state in several(init_state, num_runs)]
+            self._check_stop(stop, states[0])
+            return many_runs.live(self, plan, states, random.key(0) if rng_key is None else rng_key)
         if init_state is None:
             # A handler may keep a state of its own or replace controls: then nobody knows the state yet.
             plain = not self.handlers and not effects.handlers_are_active()
             prepare = lambda state: self._run_program().prepare(static, arrays, state, np.int32(1)) if plain else None  # noqa: E731
             state = self._init(rng_key, arrays, static, init_params, prepare)
         else:
-            adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
-            state = self._program("adopt", adopt)(static, arrays, init_state, arrays)
-            self._refuse_wrong_blocks(state)
+            state = self._adopted(static, arrays, init_state)
         journal = None
         if checkpoint is not None:
             journal = Journal(checkpoint, checkpoint_every, self._identity(static, arrays), num_steps, stop=stop)
@@ -314,11 +338,7 @@ class ParticleAlgorithm(abc.ABC):
         stop: EarlyStop | None,
     ) -> RunResult:
         """Run to the end from a state and the records that led to it."""
-        if stop is not None and "gradient" not in state.diagnostics:
-            raise ValueError(
-                "early_stop needs a marginal likelihood and its gradient, for at most "
-                f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
-            )
+        self._check_stop(stop, state)
 
         def arrived(state: Any, records: Any, done: int) -> bool:
             del done
@@ -336,7 +356,42 @@ class ParticleAlgorithm(abc.ABC):
             lambda state, num: program(static, arrays, state, num), state, num_steps, progress, past=past, pauses=pauses
         )
         if journal is not None:
+            if journal.converged and len(records[0]["loss"]) == done:  # it had ended before
+                status = Status.CONVERGED
             journal.write(state, records, len(records[0]["loss"]), status)
+        return self._result(state, records, status)
+
+    def _adopted(self, static: StaticArguments, arrays: list[Array], state: Any) -> Any:
+        """A state to go on from, under the data."""
+        self._check_state(state, "init_state")
+        adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
+        state = self._program("adopt", adopt)(static, arrays, state, arrays)
+        self._refuse_wrong_blocks(state)
+        return state
+
+    def _check_state(self, state: Any, name: str = "state") -> None:
+        """Refuse what is no state of this algorithm; the message says where it may be found."""
+        if isinstance(state, self._state_type):
+            return
+        advice = ""
+        if isinstance(state, RunResult):
+            advice = " Pass result.state."
+        elif isinstance(state, tuple) and any(isinstance(part, self._state_type) for part in state):
+            advice = " Note that update returns a state and a loss."
+        raise TypeError(
+            f"{name} must be a state of {type(self).__name__}, as init and update return it, got "
+            f"{type(state).__name__}.{advice}"
+        )
+
+    def _check_stop(self, stop: EarlyStop | None, state: Any) -> None:
+        if stop is not None and "gradient" not in state.diagnostics:
+            raise ValueError(
+                "early_stop needs a marginal likelihood and its gradient, for at most "
+                f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
+            )
+
+    def _result(self, state: Any, records: Any, status: Status) -> RunResult:
+        """What a run returns; warns of what went wrong in it."""
         diagnostics, trajectory, path = records
         if status is not Status.INTERRUPTED:
             found = self._report_faults(state, diagnostics)
@@ -350,18 +405,20 @@ class ParticleAlgorithm(abc.ABC):
         """`loop.chunk` of announced steps, compiled; records are diagnostics and iterates."""
 
         def advance(target: Target, state: Any, num: Array) -> tuple[Any, Any]:
-            def one(state: Any) -> tuple[Any, Any]:
-                state = self._announced(lambda state, controls: self._step(target, state, controls), state)
-                small = sum(leaf.size for leaf in jax.tree.leaves(state.theta)) <= LARGEST_TRAJECTORY
-                scalars = {name: value for name, value in state.diagnostics.items() if value.ndim == 0}
-                gradient = state.diagnostics.get("gradient")
-                path = {} if gradient is None else {"theta": ravel_pytree(state.theta)[0], "gradient": gradient}
-                return state, (scalars, target.constrain_params(state.theta) if small else {}, path)
-
-            return loop.chunk(one, state, num)
+            return loop.chunk(lambda state: self._recorded_step(target, state), state, num)
 
         # A program traced under a handler of the user is thrown away: caches do not look at the handler stack.
         return self._program("run", advance, keep=not effects.handlers_are_active())
+
+    def _recorded_step(self, target: Target, state: Any) -> tuple[Any, Any]:
+        """An announced step; diagnostics, iterate, and what convergence is seen from."""
+        _refuse_foreign(target, state)
+        state = self._announced(lambda state, controls: self._step(target, state, controls), state)
+        small = sum(leaf.size for leaf in jax.tree.leaves(state.theta)) <= LARGEST_TRAJECTORY
+        scalars = {name: value for name, value in state.diagnostics.items() if value.ndim == 0}
+        gradient = state.diagnostics.get("gradient")
+        path = {} if gradient is None else {"theta": ravel_pytree(state.theta)[0], "gradient": gradient}
+        return state, (scalars, target.constrain_params(state.theta) if small else {}, path)
 
     def _inverse_information(self, static: StaticArguments, arrays: list[Array], state: Any) -> np.ndarray:
         """[P, P] inverse observed information: what the step of theta knows, or from the particles."""
@@ -422,6 +479,9 @@ class ParticleAlgorithm(abc.ABC):
         Raises:
             ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
         """
+        self._check_state(state)
+        if rng_key is not None:
+            check_key(rng_key)
         arrays, static = self._bind_again(args, kwargs)
         num = positive("num_samples", state.log_weights.shape[0] if num_samples is None else num_samples)
 
@@ -443,6 +503,7 @@ class ParticleAlgorithm(abc.ABC):
             *args: Arguments of the model; may be left out if this object has seen them before.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         if state.blocks.num_blocks > 1:
             samples = self.get_samples(state, *args, **kwargs)
             num = state.log_weights.shape[0]
@@ -492,6 +553,7 @@ class ParticleAlgorithm(abc.ABC):
             *args: Arguments of the model; may be left out if this object has seen them before.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind_again(args, kwargs)
         target = self._target(arrays, static)
 
@@ -522,6 +584,8 @@ class ParticleAlgorithm(abc.ABC):
             ValueError: If the model's arguments are not known, or contradict the state; or if a sandwich is wanted and
                 all latents depend on one another.
         """
+        self._check_state(state)
+        check_key(rng_key)
         self._refuse_wrong_blocks(state)
         if sandwich and state.blocks.num_blocks == 1 and state.points.x.shape[1]:
             raise ValueError(
@@ -624,6 +688,15 @@ class ParticleAlgorithm(abc.ABC):
             )
 
 
+def _refuse_foreign(target: Target, state: Any) -> None:
+    """Raise if a state belongs to another model; costs nothing in a compiled program."""
+    if sorted(state.theta) != sorted(target.sites.params):
+        raise ValueError(
+            f"The state has the parameters {sorted(state.theta)}, but the model has {sorted(target.sites.params)}. "
+            "Start anew with init."
+        )
+
+
 class _Read(NamedTuple):
     """What one look at the model tells: starting values, constrained and not, the next key, and the data's mark."""
 
@@ -646,6 +719,34 @@ def _describe(records: Any) -> str:
     if "acceptance_rate" in diagnostics:
         parts.append(f"accept {np.mean(diagnostics['acceptance_rate']):.2f}")
     return ", ".join(parts)
+
+
+def several(states: Any, num_runs: int) -> list[Any]:
+    """A list of states, one per run, or a ValueError."""
+    if not isinstance(states, list | tuple) or hasattr(states, "_fields") or len(states) != num_runs:
+        got = f"{len(states)} of them" if isinstance(states, list) else type(states).__name__
+        raise ValueError(
+            f"init_state must be a list of {num_runs} states, one per run, such as result.runs.states; got {got}."
+        )
+    return list(states)
+
+
+def whole_or_none(name: str, number: Any) -> int | None:
+    """`positive`, or None where the algorithm is to choose."""
+    return None if number is None else positive(name, number)
+
+
+def check_functions(**arguments: Any) -> None:
+    """Refuse arguments that are neither None nor functions; a TypeError names the argument."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function, got {value!r}.")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no real number; a TypeError names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
 
 
 def positive(name: str, number: Any) -> int:

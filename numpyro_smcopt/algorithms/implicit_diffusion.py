@@ -28,16 +28,19 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.algorithms import faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive, whole_or_none
+from numpyro_smcopt.algorithms.safeguards import next_caution
 from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Assessed, Chains, Sampler
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.target import Target, check_key
 from numpyro_smcopt.theta_step import as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
+
+LARGEST_LOSS = 0.25  # share of the particles that may meet a potential that is not finite
 
 
 class ImplicitDiffusionState(NamedTuple):
@@ -47,7 +50,9 @@ class ImplicitDiffusionState(NamedTuple):
         theta: The iterate, unconstrained.
         params: The estimate, constrained: the iterate, or for the default step an average of iterates.
         particles: State of the sampler.
-        assessed: Loss and gradient at ``theta``.
+        assessed: Loss and gradient at ``theta``; the gradient is zero where it was not finite.
+        usable: [] bool, whether it was; else theta stays in the next update.
+        caution: [] factor on the steps of theta: one, or less after a gradient that was not finite.
         theta_state: State of the theta step.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
@@ -63,6 +68,8 @@ class ImplicitDiffusionState(NamedTuple):
     params: Params
     particles: Any
     assessed: Assessed
+    usable: Array
+    caution: Array
     theta_state: Any
     blocks: Blocks
     num_updates: Array
@@ -147,7 +154,9 @@ class ImplicitDiffusion(ParticleAlgorithm):
             MarginalLikelihood(control_variates=optim is None) if objective is None else as_objective(objective)
         )
         self.sampler = sampler or Chains()
-        self.num_particles = None if num_particles is None else positive("num_particles", num_particles)
+        self.num_particles = whole_or_none("num_particles", num_particles)
+
+    _state_type = ImplicitDiffusionState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> ImplicitDiffusionState:
@@ -176,14 +185,16 @@ class ImplicitDiffusion(ParticleAlgorithm):
             theta=theta,
             params=target.constrain_params(theta),
             particles=particles,
-            assessed=assessed,
+            assessed=_sound(assessed, assessed),
+            usable=_is_usable(assessed),
+            caution=jnp.ones((), flat.dtype),
             theta_state=self._theta_step(target, theta, particles).init(flat),
             blocks=blocks,
             num_updates=zero,
             num_refused=zero,
             wrong_blocks=jnp.asarray(False),
             fingerprint=jnp.zeros((), jnp.uint32),
-            diagnostics=diagnostics | _diagnostics(assessed),
+            diagnostics=diagnostics | _diagnostics(_sound(assessed, assessed), zero),
             mutable_state={},
             rng_key=key_state,
         )
@@ -197,9 +208,14 @@ class ImplicitDiffusion(ParticleAlgorithm):
         # Theta
         theta_step = self._theta_step(target, state.theta, state.particles)
         around = sampler.surroundings(target, state.theta, state.particles, state.blocks, state.num_updates)
-        around = around._replace(gradient=assessed.gradient, loss=assessed.loss, curvature=assessed.curvature)
+        around = around._replace(
+            gradient=assessed.gradient,
+            loss=assessed.loss,
+            curvature=assessed.curvature,
+            admit=lambda step: controls["learning_rate"] * state.caution * step,
+        )
         proposed, theta_state = theta_step.update(state.theta_state, flat, around)
-        sound = jnp.all(jnp.isfinite(proposed)) & jnp.all(jnp.isfinite(assessed.gradient))
+        sound = jnp.all(jnp.isfinite(proposed)) & state.usable
         keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
         here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
         theta = unravel(here)
@@ -210,16 +226,19 @@ class ImplicitDiffusion(ParticleAlgorithm):
         )
 
         # Loss and gradient
-        assessed = sampler.assess(key_assess, target, theta, particles, state.blocks, objective)
+        seen = sampler.assess(key_assess, target, theta, particles, state.blocks, objective)
+        assessed, refused = _sound(seen, state.assessed), (~sound).astype(jnp.int32)
         return state._replace(
             theta=theta,
             params=target.constrain_params(unravel(theta_step.estimate(theta_state, here))),
             particles=particles,
             assessed=assessed,
+            usable=_is_usable(seen),
+            caution=next_caution(state.caution, jnp.asarray(True), sound),
             theta_state=theta_state,
             num_updates=state.num_updates + 1,
-            num_refused=state.num_refused + (~sound).astype(jnp.int32),
-            diagnostics=diagnostics | _diagnostics(assessed),
+            num_refused=state.num_refused + refused,
+            diagnostics=diagnostics | _diagnostics(assessed, refused),
             rng_key=next_key,
         )
 
@@ -227,7 +246,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
         return self.optim or self.sampler.theta_step(target, theta, particles, self.objective)
 
     def _controls(self, state: ImplicitDiffusionState) -> dict[str, Array]:
-        return self.sampler.controls(state.particles)
+        return {"learning_rate": state.caution.dtype.type(1.0), **self.sampler.controls(state.particles)}
 
     def _attached(self) -> Any:
         return self.objective.arrays
@@ -236,7 +255,12 @@ class ImplicitDiffusion(ParticleAlgorithm):
         particles = self.sampler.adopt(target, state.theta, state.particles)
         key = random.fold_in(state.rng_key, 1)
         assessed = self.sampler.assess(key, target, state.theta, particles, state.blocks, self.objective)
-        return state._replace(particles=particles, assessed=assessed, fingerprint=fingerprint)
+        return state._replace(
+            particles=particles,
+            assessed=_sound(assessed, state.assessed),
+            usable=_is_usable(assessed),
+            fingerprint=fingerprint,
+        )
 
     def evaluate(self, state: ImplicitDiffusionState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.
@@ -246,6 +270,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             *args: Arguments of the model.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: ImplicitDiffusionState) -> Array:
@@ -272,6 +297,9 @@ class ImplicitDiffusion(ParticleAlgorithm):
         Raises:
             ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
         """
+        self._check_state(state)
+        if rng_key is not None:
+            check_key(rng_key)
         arrays, static = self._bind_again(args, kwargs)
         num = positive("num_samples", self.sampler.size(state.particles) if num_samples is None else num_samples)
 
@@ -289,21 +317,41 @@ class ImplicitDiffusion(ParticleAlgorithm):
     def _report_faults(self, state: ImplicitDiffusionState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
         found = [
-            faults.refused_updates(refused, int(state.num_updates)),
+            faults.unmoved_theta(refused, int(state.num_updates)),
             faults.theta_still_moving(state.theta_state, diagnostics["grad_norm"]),
             faults.masked_particles(int(np.sum(diagnostics["num_masked"]))),
         ]
-        if "num_nonfinite" in diagnostics:
-            found.append(faults.lost_particles(int(np.sum(diagnostics["num_nonfinite"]))))
+        if self.sampler.has_energy:
+            found.append(faults.replaced_particles(int(np.sum(diagnostics["num_nonfinite"]))))
         if "acceptance_rate" in diagnostics:
             found.append(faults.frozen_particles(float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))))
         faults.warn_of(found)
-        return Status.NON_FINITE if refused > num / 4 else Status.FINISHED
+        lost = float(np.mean(diagnostics["num_nonfinite"])) / (
+            self.sampler.size(state.particles) * state.blocks.num_blocks
+        )
+        return Status.NON_FINITE if refused > num / 4 or lost > LARGEST_LOSS else Status.FINISHED
 
 
-def _diagnostics(assessed: Assessed) -> dict[str, Array]:
+def _is_usable(assessed: Assessed) -> Array:
+    """[] bool: whether gradient, loss and curvature are finite."""
+    parts = (assessed.gradient, assessed.loss, assessed.curvature)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
+
+
+def _sound(assessed: Assessed, before: Assessed) -> Assessed:
+    """``assessed`` without what is not finite: no gradient, and the loss and curvature of before."""
+    usable = _is_usable(assessed)
+    return assessed._replace(
+        gradient=jnp.where(usable, assessed.gradient, 0.0),
+        loss=jnp.where(jnp.isfinite(assessed.loss), assessed.loss, before.loss),
+        curvature=jnp.where(jnp.isfinite(assessed.curvature), assessed.curvature, before.curvature),
+    )
+
+
+def _diagnostics(assessed: Assessed, num_refused: Array) -> dict[str, Array]:
     return assessed.diagnostics | {
         "loss": assessed.loss,
         "grad_norm": jnp.linalg.norm(assessed.gradient),
         "num_masked": assessed.num_masked,
+        "num_refused": num_refused,
     }

@@ -26,6 +26,7 @@ class Journal:
         num_steps: Length of the whole run.
         done: Updates so far.
         stop: When the run ends before.
+        converged: Whether it has, so that nothing is left to be done.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Journal:
         num_steps: int,
         done: int = 0,
         stop: EarlyStop | None = None,
+        converged: bool = False,
     ) -> None:
         self.path, self.every, self.identity = Path(path), every, identity
-        self.num_steps, self.done, self.stop = num_steps, done, stop
+        self.num_steps, self.done, self.stop, self.converged = num_steps, done, stop, converged
 
     @classmethod
     def read(cls, path: str | os.PathLike, identity: dict[str, Any]) -> tuple["Journal", Saved]:
@@ -63,7 +65,7 @@ class Journal:
         ended = header["status"] == Status.CONVERGED.name
         num_steps = header["done"] if ended else header["num_steps"]
         stop = None if header["early_stop"] is None else EarlyStop(**header["early_stop"])
-        return cls(path, header["every"], header["identity"], num_steps, header["done"], stop), saved
+        return cls(path, header["every"], header["identity"], num_steps, header["done"], stop, ended), saved
 
     def begin(self, state: Any) -> tuple[Pause, ...]:
         """Write the first checkpoint, if there is none, and say when the others are due."""
@@ -91,9 +93,12 @@ def check_path(path: str | os.PathLike) -> None:
     """Refuse what cannot become the checkpoint of a new run, before anything is computed.
 
     Raises:
+        TypeError: If it is no path.
         FileExistsError: If there is a file already, which would be destroyed.
         FileNotFoundError: If there is no directory to hold it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint must be the path of a file, got {path!r}.")
     if Path(path).exists():
         raise FileExistsError(
             f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."

@@ -32,7 +32,7 @@ from jax import lax, random
 
 from numpyro_smcopt import tempering
 from numpyro_smcopt.algorithms import budget, faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
 from numpyro_smcopt.algorithms.gradients import gradient_of_rest, surroundings
 from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator
 from numpyro_smcopt.algorithms.start import (
@@ -83,6 +83,7 @@ from numpyro_smcopt.types import Array, Model, Params, Theta
 from numpyro_smcopt.weights import uniform_log_weights
 
 DEFAULT_MOMENTUM = 0.9  # where the damping is not chosen from the information
+LARGEST_LOSS = 0.25  # share of the particles, block by block, that may meet a potential that is not finite
 SETTLED = 100  # updates after which the estimated bias is worth a warning
 DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of order one
 
@@ -239,10 +240,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
     ) -> None:
         refuse_foreign_arguments(static_kwargs)
         super().__init__(model, handlers, static_kwargs)
-        if num_particles is not None and (
-            isinstance(num_particles, bool) or not isinstance(num_particles, int | np.integer) or num_particles < 1
-        ):
-            raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}.")
+        num_particles = whole_or_none("num_particles", num_particles)
+        check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
+        check_number("bias_tolerance", bias_tolerance)
+        if averaging is not None:
+            check_number("averaging", averaging)
+        if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
+            raise TypeError(
+                "preconditioning must be an object from numpyro_smcopt.kernels.preconditioners, such as diagonal, got "
+                f"{preconditioning!r}."
+            )
         if kernel is not None and not isinstance(kernel, VelocityKernel):
             raise TypeError(
                 "kernel must move particles that have a velocity: kernels.Underdamped() or "
@@ -281,6 +288,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         self._latents = LatentStep(
             kernel or Underdamped(), self.latent_step_size, self.latent_damping, preconditioning, bias_tolerance
         )
+
+    _state_type = MomentumState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> MomentumState:
@@ -336,6 +345,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             )
             nothing = jnp.zeros((), flat.dtype)
             own = dict.fromkeys(("damping", "stability", "latent_bias", "latent_stability"), nothing)
+            own["num_refused"] = zero
             _, estimate, _ = self._around(target, state, flat)
             found = self._diagnostics(points.terms, estimate)
             diagnostics = _diagnostics(nothing + 1, nothing, zero, motion, own | found)
@@ -436,16 +446,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
         num_normals = self._latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
         normals = draw_normals(key_latents, (num_particles, num_normals), flat.dtype)
         moved = self._latents.move(normals, state.points.x, state.cloud, latent_going, potential)
-        alive = jnp.all(jnp.isfinite(terms), 1) & jnp.all(jnp.isfinite(moved.terms), 1)
-        alive = alive & jnp.all(jnp.isfinite(moved.slope) & jnp.isfinite(moved.x), 1)
-        alive = alive & jnp.all(jnp.isfinite(moved.velocity), 1)
-        moved = lax.cond(jnp.all(alive), lambda moved: moved, partial(_replaced, alive, state.points.x), moved)
+        alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
+        replaced = partial(_replaced, alive, state.blocks, state.points.x)
+        moved = lax.cond(jnp.all(alive), lambda moved: moved, replaced, moved)
         cloud = self._latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
 
-        own = step.diagnose(motion, going) | self._latents.diagnose(cloud, latent_going)
+        refused = (~sound).astype(jnp.int32)
+        own = {"num_refused": refused} | step.diagnose(motion, going) | self._latents.diagnose(cloud, latent_going)
         diagnostics = _diagnostics(
             jnp.mean(moved.acceptance),
-            jnp.linalg.norm(around.gradient),
+            jnp.linalg.norm(jnp.where(jnp.isfinite(around.gradient), around.gradient, 0.0)),
             jnp.sum(~alive).astype(jnp.int32),
             motion,
             own | self._diagnostics(terms, estimate),
@@ -457,7 +467,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             motion=motion,
             cloud=cloud,
             num_updates=state.num_updates + 1,
-            num_refused=state.num_refused + (~sound).astype(jnp.int32),
+            num_refused=state.num_refused + refused,
             rng_key=key_next,
             diagnostics=diagnostics,
         )
@@ -526,6 +536,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             *args: Arguments of the model.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: MomentumState) -> Array:
@@ -541,6 +552,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
         See `ParticleAlgorithm.get_weighted_samples`.
         """
+        self._check_state(state)
         message = (
             "MomentumParticleMLE does not weigh its particles, so their log weights are equal. Use get_samples, or "
             "SMCOptimizer for weights and a running log evidence."
@@ -580,20 +592,30 @@ class MomentumParticleMLE(ParticleAlgorithm):
             found.append(faults.biased_latents(float(np.median(diagnostics["latent_bias"][num // 2 :]))))
             found.append(faults.frozen_particles(acceptance))
         faults.warn_of(found)
-        return Status.NON_FINITE if refused > num / 4 else Status.FINISHED
+        lost = np.sum(diagnostics["num_nonfinite"]) > LARGEST_LOSS * num * state.log_weights.size
+        return Status.NON_FINITE if refused > num / 4 or lost else Status.FINISHED
 
 
 # -- small print -------------------------------------------------------------------------------------------------------
-def _replaced(alive: Array, before: Array, moved: Moved) -> Moved:
-    """The move, in which those that are lost took the place of others, as it was before."""
+def _alive(blocks: Blocks, terms: tuple[Array, ...], coordinates: tuple[Array, ...]) -> Array:
+    """[N, B] bool: in which blocks of which particles terms [N, K] and coordinates [N, D] are all finite."""
+    parts = [blocks.sum_terms(v) for v in terms] + [blocks.sum_coordinates(v) for v in coordinates]
+    return jnp.all(jnp.stack([jnp.isfinite(part) for part in parts]), 0)
+
+
+def _replaced(alive: Array, blocks: Blocks, before: Array, moved: Moved) -> Moved:
+    """The move, in which blocks that are lost took the place of others, as it was before."""
     num = alive.shape[0]
-    order = jnp.argsort(~alive, stable=True)  # the living first
-    heir = order[jnp.arange(num) % jnp.maximum(jnp.sum(alive), 1)]
-    lost, nobody = ~alive[:, None], ~jnp.any(alive)
-    x = jnp.where(lost, jnp.where(nobody, before, before[heir]), moved.x)
-    velocity = jnp.where(lost, 0.0, moved.velocity)
-    slope = jnp.where(lost, 0.0, moved.slope)
-    return moved._replace(x=x, velocity=velocity, slope=slope)
+    order = jnp.argsort(~alive, 0, stable=True)  # the living first
+    places = jnp.arange(num)[:, None] % jnp.maximum(jnp.sum(alive, 0), 1)
+    heir = blocks.to_coordinates(jnp.take_along_axis(order, places, 0))
+    lost, nobody = blocks.to_coordinates(~alive), blocks.to_coordinates(~jnp.any(alive, 0))
+    inherited = jnp.where(nobody, before, jnp.take_along_axis(before, heir, 0))
+    return moved._replace(
+        x=jnp.where(lost, inherited, moved.x),
+        velocity=jnp.where(lost, 0.0, moved.velocity),
+        slope=jnp.where(lost, 0.0, moved.slope),
+    )
 
 
 def _diagnostics(

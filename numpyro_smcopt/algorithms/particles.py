@@ -41,7 +41,7 @@ def revived(points: Point, log_weights: Array, blocks: Blocks) -> Point:
     dead = ~jnp.isfinite(log_weights)
     own = jnp.arange(log_weights.shape[0], dtype=jnp.int32)[:, None]
     ancestors = jnp.where(dead, jnp.argmax(log_weights, 0).astype(jnp.int32), own)
-    return jax.lax.cond(jnp.any(dead), lambda points: _gather(points, ancestors, blocks), lambda points: points, points)
+    return jax.lax.cond(jnp.any(dead), lambda points: gather(points, ancestors, blocks), lambda points: points, points)
 
 
 def resample_blocks(
@@ -74,14 +74,14 @@ def resample_blocks(
         drawn = jax.vmap(scheme, in_axes=(0, 1), out_axes=1)(rng_keys, log_weights)
         ancestors = jnp.where(low, drawn, jnp.arange(num_particles, dtype=drawn.dtype)[:, None])
         equal = uniform_log_weights(num_particles, num_blocks, log_weights.dtype)
-        return _gather(points, ancestors, blocks), jnp.where(low, equal, log_weights)
+        return gather(points, ancestors, blocks), jnp.where(low, equal, log_weights)
 
     keep = lambda points: (points, log_weights)  # noqa: E731
     points, log_weights = jax.lax.cond(jnp.any(low), draw, keep, points)
     return points, log_weights, jnp.sum(low, dtype=jnp.int32)
 
 
-def _gather(points: Point, ancestors: Array, blocks: Blocks) -> Point:
+def gather(points: Point, ancestors: Array, blocks: Blocks) -> Point:
     """The points [N, ...] with every block taken from its ancestor, ``ancestors [N, B]``."""
     if blocks.num_blocks == 1:
         return jax.tree.map(lambda v: v.at[ancestors[:, 0]].get(mode="clip"), points)

@@ -27,7 +27,7 @@ from jax import random
 
 from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size, no_limit
 from numpyro_smcopt.algorithms import budget, faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
 from numpyro_smcopt.algorithms.gradients import (
     Gradient,
     default_theta_step,
@@ -187,10 +187,9 @@ class SMCOptimizer(ParticleAlgorithm):
         **static_kwargs: Any,
     ) -> None:
         super().__init__(model, handlers, static_kwargs)
-        if num_particles is not None and (
-            isinstance(num_particles, bool) or not isinstance(num_particles, int | np.integer) or num_particles < 1
-        ):
-            raise ValueError(f"num_particles must be a positive integer, got {num_particles!r}.")
+        num_particles = whole_or_none("num_particles", num_particles)
+        check_functions(resampling=resampling, init_strategy=init_strategy, partition=partition)
+        check_number("ess_threshold", ess_threshold)
         if not 0.0 <= ess_threshold <= 1.0:
             raise ValueError(f"ess_threshold is a fraction of the particles within [0, 1], got {ess_threshold!r}.")
         if kernel is not None and not isinstance(kernel, InvariantKernel | WeightedKernel):
@@ -204,6 +203,8 @@ class SMCOptimizer(ParticleAlgorithm):
         self.resample = when_ess_below(resampling or systematic, ess_threshold)
         self.init_strategy = init_strategy
         self.partition = one_block if self.objective.whole_particles else partition
+
+    _state_type = SMCState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> SMCState:
@@ -565,6 +566,7 @@ class SMCOptimizer(ParticleAlgorithm):
             *args: Arguments of the model.
             **kwargs: Keyword arguments of the model.
         """
+        self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: SMCState) -> Array:

@@ -24,7 +24,7 @@ from jax import lax, random
 from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.algorithms import budget
 from numpyro_smcopt.algorithms.gradients import default_theta_step, surrogate_gradient, surroundings
-from numpyro_smcopt.algorithms.particles import equal_draws, evaluator
+from numpyro_smcopt.algorithms.particles import equal_draws, evaluator, gather
 from numpyro_smcopt.algorithms.start import (
     Start,
     first_cloud,
@@ -208,12 +208,13 @@ class Chains(Sampler):
             new, told = jax.vmap(move)(draw_noise(random.fold_in(rng_key, k), old.x, num_uniforms), old)
             if adjusted:
                 return new, jnp.mean(told, 0)
-            return new, kept_fraction(
-                particles.log_weights, incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
-            )
+            change = incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
+            # Of those that met a finite energy: the others are not for the step size to answer for.
+            met = jnp.maximum(jnp.mean(jnp.isfinite(change), 0), 1 / num)
+            return new, kept_fraction(particles.log_weights, change) / met
 
         moved, quality = lax.fori_loop(0, self.moves_per_update, body, (here, jnp.zeros_like(step.size)))
-        moved, num_lost = _without_lost(moved, points)
+        moved, num_lost = _without_lost(moved, points, blocks)
 
         # Adapt
         adapt = adapt_size if adjusted else adapt_unadjusted_size
@@ -232,7 +233,9 @@ class Chains(Sampler):
             "ess": jnp.min(ess),
             "mean_ess": jnp.mean(ess),
             "acceptance_rate": jnp.mean(quality) if adjusted else jnp.ones_like(ess[0]),
+            "mean_step_size": jnp.mean(particles.step.size),
             "num_nonfinite": num_lost,
+            "block_acceptance" if adjusted else "block_step_ess": quality,
         }
         return particles, diagnostics
 
@@ -283,17 +286,24 @@ class Chains(Sampler):
         return single and blocks.num_blocks == 1 and num * num_params <= budget.LARGEST_SCORES
 
 
-def _without_lost(moved: Point, before: Point) -> tuple[Point, Array]:
-    """Particles that left for infinity (an unstable step size) start again where others are; how many they were."""
-    sound = (
-        jnp.all(jnp.isfinite(moved.x), 1) & jnp.all(jnp.isfinite(moved.grad), 1) & jnp.all(jnp.isfinite(moved.terms), 1)
-    )
-    num_sound = jnp.sum(sound)
+def _without_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, Array]:
+    """Blocks that left for infinity (an unstable step size) start again where others are; how many they were."""
+    sound = jnp.isfinite(blocks.sum_terms(moved.terms) + blocks.sum_free_terms(moved.terms)[:, None])
+    sound &= jnp.isfinite(blocks.sum_coordinates(moved.x)) & jnp.isfinite(blocks.sum_coordinates(moved.grad))
+    num, num_sound = len(sound), jnp.sum(sound, 0)
 
     def mend(points: Point) -> Point:
-        donors = jnp.argsort(~sound)[jnp.arange(len(sound)) % jnp.maximum(num_sound, 1)]
-        chosen = jnp.where(sound, jnp.arange(len(sound)), donors)
-        return jax.tree.map(lambda leaf, old: jnp.where(num_sound > 0, leaf[chosen], old), points, before)
+        own = jnp.arange(num)[:, None]
+        donors = jnp.take_along_axis(jnp.argsort(~sound, 0, stable=True), own % jnp.maximum(num_sound, 1), 0)
+        found, nobody = gather(points, jnp.where(sound, own, donors), blocks), num_sound == 0
+        of_x, of_term = blocks.to_coordinates(nobody), blocks.to_terms(nobody, jnp.all(nobody)[None])
+        score = None if found.score is None else jnp.where(nobody, before.score, found.score)
+        return Point(
+            jnp.where(of_x, before.x, found.x),
+            jnp.where(of_term, before.terms, found.terms),
+            jnp.where(of_x, before.grad, found.grad),
+            score,
+        )
 
-    mended = lax.cond(num_sound == len(sound), lambda points: points, mend, moved)
-    return mended, (len(sound) - num_sound).astype(jnp.int32)
+    mended = lax.cond(jnp.all(sound), lambda points: points, mend, moved)
+    return mended, jnp.sum(~sound, dtype=jnp.int32)

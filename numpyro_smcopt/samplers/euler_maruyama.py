@@ -257,7 +257,9 @@ class EulerMaruyama(Sampler):
             total = weight * cost - rated.rewards
             centred = jnp.where(rated.kept, total - jnp.sum(jnp.where(rated.kept, rated.share * total, 0.0)), 0.0)
             ends = Ends(None, centred / jnp.maximum(len(cost) - rated.num_masked - 1, 1), of_kl)
-        diagnostics = {"reward": rated.mean} | ({} if objective.kl is None else {"path_kl": kl})
+        lost = ~jnp.all(jnp.isfinite(y.reshape(len(y), -1)), 1)
+        diagnostics = {"reward": rated.mean, "num_nonfinite": jnp.sum(lost, dtype=jnp.int32)}
+        diagnostics |= {} if objective.kl is None else {"path_kl": kl}
         return ends, _Said(weight * kl - rated.mean, diagnostics, rated.num_masked)
 
     # -- the rest -----------------------------------------------------------------------------------------------------

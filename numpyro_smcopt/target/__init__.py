@@ -22,7 +22,7 @@ from numpyro_smcopt.target.arguments import (
     split_arguments,
     strong,
 )
-from numpyro_smcopt.target.checks import check_init_params, check_start
+from numpyro_smcopt.target.checks import check_init_params, check_key, check_start
 from numpyro_smcopt.target.energy import Target, flat_terms, make_target
 from numpyro_smcopt.target.latents_to_params import latents_to_params
 from numpyro_smcopt.target.observed import axis_names, observed_data, pointwise_log_likelihood
@@ -37,6 +37,7 @@ __all__ = [
     "as_array",
     "axis_names",
     "check_init_params",
+    "check_key",
     "check_start",
     "fingerprint",
     "flat_terms",

@@ -42,7 +42,8 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
         The arrays, and the hashable remainder for `join_arguments`.
 
     Raises:
-        TypeError: If an argument is neither an array nor hashable.
+        TypeError: If an argument is neither an array nor hashable, or an array with masked elements.
+        ValueError: If a number does not fit into 32 bits, where JAX computes with these.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays: list[Array] = []
@@ -50,18 +51,24 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
     for k, leaf in enumerate(leaves):
         if isinstance(leaf, np.generic | np.ndarray) and np.ndim(leaf) == 0 and leaf.dtype.kind in "biu":
             leaf = leaf.item()
+        _refuse_silent_loss(leaf, args, kwargs, k)
         try:
             if isinstance(leaf, bool | int | str | bytes):
                 static.append(leaf)
             elif isinstance(leaf, float | complex | jax.Array) or hasattr(leaf, "__array__"):
-                arrays.append(as_array(leaf))
+                with np.errstate(over="raise"):  # of double precision that becomes single
+                    arrays.append(as_array(leaf))
                 static.append(_TRACED)
             else:
                 hash(leaf)
                 static.append(leaf)
+        except FloatingPointError as error:
+            raise ValueError(
+                f"Model argument {_place(args, kwargs, k)} has numbers that do not fit into single precision. Rescale "
+                "them, or enable double precision (`jax.config.update('jax_enable_x64', True)`)."
+            ) from error
         except TypeError as error:
-            path = jax.tree_util.tree_flatten_with_path((args, kwargs))[0][k][0]
-            where = ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            where = _place(args, kwargs, k)
             found = getattr(leaf, "dtype", "")
             raise TypeError(
                 f"Model argument {where} is {f'an array of dtype {found}' if found else f'a {type(leaf).__name__}'}, "
@@ -70,6 +77,35 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
                 "`numpy.unique(..., return_inverse=True)`)."
             ) from error
     return arrays, StaticArguments(treedef, tuple(static), tuple(map(type, static)))
+
+
+def _refuse_silent_loss(leaf: Any, args: tuple, kwargs: dict, k: int) -> None:
+    """Raise if JAX would drop the mask of an array, or the upper half of its integers."""
+    if not isinstance(leaf, np.ndarray):
+        return
+    if np.ma.is_masked(leaf):
+        raise TypeError(
+            f"Model argument {_place(args, kwargs, k)} is an array with masked elements, and JAX knows no masks. Leave "
+            "the elements out, or pass values and mask as two arrays and use `numpyro.handlers.mask` in the model."
+        )
+    if (
+        leaf.dtype.kind in "iu"
+        and leaf.dtype.itemsize == 8
+        and leaf.size
+        and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
+    ):
+        limits = np.iinfo(np.int32 if leaf.dtype.kind == "i" else np.uint32)
+        if leaf.max() > limits.max or leaf.min() < limits.min:
+            raise ValueError(
+                f"Model argument {_place(args, kwargs, k)} has integers that do not fit into 32 bits. Pass them as "
+                "floats, or enable double precision (`jax.config.update('jax_enable_x64', True)`)."
+            )
+
+
+def _place(args: tuple, kwargs: dict, k: int) -> str:
+    """The name of the k-th leaf of the arguments."""
+    path = jax.tree_util.tree_flatten_with_path((args, kwargs))[0][k][0]
+    return ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])
 
 
 def join_arguments(arrays: Sequence[Array], static: StaticArguments) -> tuple[tuple, dict]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import random
 
 from numpyro_smcopt.types import Params, Theta
 
@@ -67,8 +68,18 @@ def refuse_unsupported(trace: dict) -> None:
                 )
 
 
-def check_observed_shape(name: str, site: dict) -> None:
-    """Raise a ValueError if observations and distribution of a site have shapes that do not fit."""
+def check_observed(name: str, site: dict) -> None:
+    """Refuse observations that are no numbers, or whose shape does not fit that of their distribution.
+
+    Raises:
+        TypeError: If they are no array of real numbers.
+        ValueError: If the shapes do not fit.
+    """
+    if not _is_real(site["value"]):
+        raise TypeError(
+            f"Observations of site '{name}' are {_kind(site['value'])}; pass an array of real numbers, such as "
+            "jnp.asarray(values)."
+        )
     try:
         expected = tuple(site["fn"].shape())
     except (NotImplementedError, AttributeError):
@@ -86,15 +97,56 @@ def check_observed_shape(name: str, site: dict) -> None:
         )
 
 
+def check_param(name: str, value: Any) -> None:
+    """Refuse a parameter whose initial value is not made of real numbers.
+
+    Raises:
+        TypeError: The message names the site.
+    """
+    for leaf in jax.tree.leaves(value):
+        if not _is_real(leaf):
+            raise TypeError(f"The initial value of param site '{name}' is {_kind(leaf)}. Give real numbers.")
+
+
+def _is_real(value: Any) -> bool:
+    """Whether something is a real number or an array of such."""
+    if isinstance(value, bool | int | float):
+        return True
+    kind = getattr(value, "dtype", None)
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    return kind is not None and any(jnp.issubdtype(kind, wide) for wide in real)
+
+
+def _kind(value: Any) -> str:
+    kind = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" if kind is None else f"of dtype {kind}"
+
+
+def check_key(rng_key: Any) -> None:
+    """Refuse what is no single PRNG key.
+
+    Raises:
+        TypeError: The message says what was got.
+    """
+    shape, kind = jnp.shape(rng_key) if hasattr(rng_key, "dtype") else None, getattr(rng_key, "dtype", None)
+    if kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key):
+        fits = shape == ()
+    else:  # a key of the old kind
+        fits = kind == np.uint32 and shape == jax.eval_shape(random.PRNGKey, 0).shape
+    if not fits:
+        got = f"an array {kind}{list(shape)}" if shape is not None else repr(rng_key)[:60]
+        raise TypeError(f"rng_key must be a single key such as jax.random.key(0), got {got}.")
+
+
 def check_init_params(names: Sequence[str], init_params: Any) -> None:
-    """Refuse names that are no `param` site.
+    """Refuse names that are no `param` site, and values that are no numbers.
 
     Args:
         names: The param sites of the model.
         init_params: What the user gave.
 
     Raises:
-        TypeError: If ``init_params`` is no dictionary.
+        TypeError: If ``init_params`` is no dictionary, or a value in it no array of real numbers.
         ValueError: If a name is unknown.
     """
     if not isinstance(init_params, dict):
@@ -102,6 +154,10 @@ def check_init_params(names: Sequence[str], init_params: Any) -> None:
     unknown = sorted(set(init_params) - set(names))
     if unknown:
         raise ValueError(f"init_params names {unknown}, which are no param sites. The param sites are {list(names)}.")
+    for name, value in init_params.items():
+        for leaf in jax.tree.leaves(value):
+            if not _is_real(leaf):
+                raise TypeError(f"init_params['{name}'] is {_kind(leaf)}. Give a constrained value: real numbers.")
 
 
 def check_start(start: Params, theta: Theta) -> None:

@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jax import random
 from numpyro import handlers
 
-from numpyro_smcopt.target.checks import check_observed_shape, refuse_unsupported
+from numpyro_smcopt.target.checks import check_observed, check_param, refuse_unsupported
 from numpyro_smcopt.target.tracing import drawable, is_prior, log_prob_of, substitution, trace_model, unconstrained
 from numpyro_smcopt.types import Array, Model
 
@@ -126,7 +126,13 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
     }
     observed = tuple(name for name, site in trace.items() if site["observed"])
     priors = {f"{name}_prior" for name in params}  # of `latents_to_params`
-    num_observations = sum(trace[name]["num_observed"] for name in observed if name not in priors)
+    data = [name for name in observed if name not in priors]
+    num_observations = sum(trace[name]["num_observed"] for name in data)
+    if data and not num_observations:
+        raise ValueError(
+            f"There are no observations: the data of {', '.join(map(repr, data))} are empty. Pass data of at least one "
+            "element."
+        )
     sites = Sites(params, latents, (), bool(discrete), not improper, observed, num_observations)
     return sites._replace(terms=_read_terms(model, args, kwargs, sites, trace))
 
@@ -144,7 +150,7 @@ def _read_terms(
         for name, site in trace_model(bound, args, kwargs, rng_key, validate=False).items():
             if site["type"] == "sample":
                 if site["is_observed"] and name in trace:
-                    check_observed_shape(name, site)
+                    check_observed(name, site)
                 found.append((name, math.prod(jnp.shape(log_prob_of(site))), is_prior(name, latents)))
 
     jax.eval_shape(probe, jax.ShapeDtypeStruct((sites.num_latents,), jnp.result_type(float)), random.key(0))
@@ -173,8 +179,9 @@ def _describe(site: dict) -> dict:
         facts["drawn"] = site["kwargs"].get("rng_key") is not None
     if site["type"] == "param":
         facts["leaves"] = len(jax.tree.leaves(site["value"]))
+        check_param(site["name"], site["value"])
     if observed:
-        check_observed_shape(site["name"], site)
+        check_observed(site["name"], site)
         batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - len(site["fn"].event_shape)]
         facts["num_observed"] = math.prod(np.broadcast_shapes(batch, site["fn"].batch_shape))
     if latent:

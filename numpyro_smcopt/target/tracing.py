@@ -7,10 +7,13 @@ can they be altered by them.
 """
 
 import contextlib
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from jax import random
 from numpyro import handlers
@@ -24,8 +27,70 @@ from numpyro_smcopt.types import Array, Model, Theta
 def trace_model(model: Model, args: tuple, kwargs: dict, rng_key: Array, validate: bool | None = None) -> dict:
     """Run the model, hidden from a user's handlers; by default distributions check what NumPyro is set to check."""
     quiet = contextlib.nullcontext() if validate is None else numpyro.validation_enabled(validate)
-    with quiet, handlers.block(), handlers.seed(rng_seed=rng_key):
+    with _explained(model, args, kwargs), quiet, handlers.block(), handlers.seed(rng_seed=rng_key):
         return handlers.trace(model).get_trace(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _explained(model: Model, args: tuple, kwargs: dict) -> Iterator[None]:
+    """Errors of a model that is run, in terms of what it was run with.
+
+    What NumPyro refuses and a call that does not fit the model's signature get messages of their own; errors of the
+    model itself pass as they are, with a note that lists the arguments.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        text = str(error)
+        if found := re.search("unique names but got `(.*)` duplicated", text):
+            raise ValueError(f"Two sites of the model are called '{found[1]}'. Give each a name of its own.") from error
+        if "size of plate should be positive" in text:
+            raise ValueError(
+                f"A plate of the model has no elements (or its size is negative). The model was run with "
+                f"{_shown(args, kwargs)}: pass data that are not empty, and positive sizes."
+            ) from error
+        error.add_note(f"The model was run with {_shown(args, kwargs)}.")
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and (mismatch := _mismatch(model, args, kwargs)):
+            raise TypeError(
+                f"The model cannot be called with {_shown(args, kwargs)}: {mismatch}. (Keyword arguments that the "
+                "optimiser does not know are passed on to the model.)"
+            ) from error
+        note = f"The model was run with {_shown(args, kwargs)}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
+
+
+def _mismatch(model: Model, args: tuple, kwargs: dict) -> str | None:
+    """Why arguments do not fit the signature of a model."""
+    while hasattr(model, "fn"):  # what handlers are wrapped around
+        model = model.fn
+    try:
+        inspect.signature(model).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # it has none
+        return None
+    return None
+
+
+def _shown(args: tuple, kwargs: dict) -> str:
+    """Arguments in short, such as ``args[0]: float32[3], kwargs['n']: 3``."""
+
+    def short(leaf: Any) -> str:
+        if hasattr(leaf, "dtype"):
+            return f"{leaf.dtype}[{', '.join(map(str, jnp.shape(leaf)))}]"
+        text = repr(leaf)
+        return text if len(text) <= 40 else f"{text[:40]}..."
+
+    leaves = [
+        (f"{name}{jax.tree_util.keystr(path)}", leaf)
+        for name, values in (("args", args), ("kwargs", kwargs))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda value: value is None)
+    ]
+    return ", ".join(f"{name}: {short(leaf)}" for name, leaf in leaves) or "no arguments"
 
 
 def drawable(model: Model, improper: set[str]) -> Model:

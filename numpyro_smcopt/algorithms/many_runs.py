@@ -1,0 +1,239 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Several independent runs in one compiled program.
+
+Each run starts by itself, on the host, because a start looks for blocks, walks towards a maximum and may be refused.
+From there on the states have a leading axis, and one program makes an update of all of them. The partition of the
+latents, which belongs to the model and not to a run, is shared: gathers along it are many times slower where every run
+has its own.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from numpyro_smcopt import effects, loop
+from numpyro_smcopt.algorithms import faults
+from numpyro_smcopt.algorithms.programs import Program
+from numpyro_smcopt.algorithms.start import Start
+from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.convergence import EarlyStop, r_hat
+from numpyro_smcopt.kernels import HMC, InvariantKernel
+from numpyro_smcopt.objectives import MarginalLikelihood
+from numpyro_smcopt.reporting.exploration import Cloud, explore
+from numpyro_smcopt.results import RunResult, Runs, Status
+from numpyro_smcopt.target import StaticArguments, Target, check_init_params, join_arguments, make_target
+from numpyro_smcopt.types import Array, Params
+
+TAIL = 0.25  # of a run, whose mean loss ranks it where there is no likelihood
+
+
+class Plan(NamedTuple):
+    """What is to be run; the names are those of `ParticleAlgorithm.run`.
+
+    Attributes:
+        num_runs: K.
+        num_steps: Updates of every run.
+        static: Static arguments of the model.
+        arrays: Its traced arguments.
+        progress_bar: Whether to show a bar.
+        stop: When to end before.
+    """
+
+    num_runs: int
+    num_steps: int
+    static: StaticArguments
+    arrays: list[Array]
+    progress_bar: bool
+    stop: EarlyStop | None
+
+
+def begin(algorithm: Any, plan: Plan, rng_key: Array, init_params: Params | None) -> list[Any]:
+    """The first states; that of run k is the one of a single run with the k-th of the split keys.
+
+    Args:
+        algorithm: A `ParticleAlgorithm`.
+        plan: What is to be run.
+        rng_key: Randomness.
+        init_params: Constrained starting values, of the shape of their site or with a leading axis of K.
+
+    Raises:
+        ValueError: If a run cannot start; a note says which.
+    """
+    starts = _split_params(algorithm, plan, rng_key, init_params)
+    states = []
+    for k, key in enumerate(random.split(rng_key, plan.num_runs)):
+        # Nobody knows the state yet if a handler keeps one of its own, see `run`.
+        plain = k == 0 and not algorithm.handlers and not effects.handlers_are_active()
+
+        def prepare(state: Any, plain: bool = plain) -> None:
+            if plain:
+                stacked = lambda leaf: jax.ShapeDtypeStruct((plan.num_runs, *leaf.shape), leaf.dtype)  # noqa: E731
+                states = jax.tree.map(stacked, state._replace(blocks=None))
+                _program(algorithm).prepare(plan.static, plan.arrays, state.blocks, states, np.int32(1))
+
+        try:
+            states.append(algorithm._init(key, plan.arrays, plan.static, starts[k], prepare))
+        except ValueError as error:
+            error.add_note(f"This was the start of run {k} of {plan.num_runs}, which are counted from 0.")
+            raise
+    return states
+
+
+def live(algorithm: Any, plan: Plan, states: Sequence[Any], rng_key: Array) -> RunResult:
+    """Run from the given states to the end; ``rng_key`` is for the ranking."""
+    blocks = _shared_blocks(states)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state._replace(blocks=None) for state in states))
+    program = _program(algorithm)
+    one = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)  # noqa: E731
+
+    def arrived(states: Any, records: Any, done: int) -> bool:
+        del done
+        theta, gradient = records[2]["theta"], records[2]["gradient"]
+        return plan.stop is not None and all(
+            plan.stop.arrived(
+                theta[:, k],
+                gradient[:, k],
+                algorithm._inverse_information(plan.static, plan.arrays, one(states, k)._replace(blocks=blocks)),
+            )
+            for k in range(plan.num_runs)
+        )
+
+    pauses = () if plan.stop is None else (loop.Pause(plan.stop.every, arrived),)
+    progress = loop.ProgressBar(plan.num_steps, _describe) if plan.progress_bar else loop.SilentProgress()
+    stacked, records, status = loop.run_chunks(
+        lambda states, num: program(plan.static, plan.arrays, blocks, states, num),
+        stacked,
+        plan.num_steps,
+        progress,
+        pauses=pauses,
+    )
+    results = []
+    for k in range(plan.num_runs):
+        state, own = one(stacked, k)._replace(blocks=blocks), jax.tree.map(lambda v: v[:, k], records)  # noqa: B023
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(algorithm._result(state, own, status))
+        faults.warn_of(f"Run {k} of {plan.num_runs}: {warning.message}" for warning in caught)
+    return _ranked(algorithm, plan, results, records[1], rng_key)
+
+
+def _program(algorithm: Any) -> Program:
+    """`ParticleAlgorithm._run_program` for states with a leading axis, but for their partition."""
+
+    def advance(target: Target, blocks: Blocks, states: Any, num: Array) -> tuple[Any, Any]:
+        def one(state: Any) -> tuple[Any, Any]:
+            state, record = algorithm._recorded_step(target, state._replace(blocks=blocks))
+            return state._replace(blocks=None), record
+
+        return loop.chunk(jax.vmap(one), states, num)
+
+    return algorithm._program("many runs", advance, keep=not effects.handlers_are_active())
+
+
+def _split_params(algorithm: Any, plan: Plan, rng_key: Array, init_params: Params | None) -> list[Params]:
+    """Starting values of each run."""
+    init_params = {} if init_params is None else init_params
+    target = algorithm._target(plan.arrays, plan.static)
+    algorithm._check_model(target)
+    check_init_params(target.sites.params, init_params)
+    program = algorithm._program("theta", Target.initial_params)
+    like, _ = program.eval_shape(plan.static, plan.arrays, rng_key, {})
+    apart = {name for name, value in init_params.items() if _has_axis(name, value, like[name], plan.num_runs)}
+    return [
+        {
+            name: jax.tree.map(lambda leaf: leaf[k], value) if name in apart else value  # noqa: B023
+            for name, value in init_params.items()
+        }
+        for k in range(plan.num_runs)
+    ]
+
+
+def _has_axis(name: str, value: Any, like: Any, num_runs: int) -> bool:
+    """Whether a starting value has an axis of runs."""
+    (leaves, structure), (wanted, structure_wanted) = jax.tree.flatten(value), jax.tree.flatten(like)
+    shapes, needed = [np.shape(leaf) for leaf in leaves], [leaf.shape for leaf in wanted]
+    if shapes == needed or str(structure) != str(structure_wanted):
+        return False  # another structure will be refused by its name
+    if shapes == [(num_runs, *shape) for shape in needed]:
+        return True
+    shown = (shapes[0], needed[0], (num_runs, *needed[0])) if len(needed) == 1 else (shapes, needed, "a leading axis")
+    raise ValueError(
+        f"init_params['{name}'] has shape {shown[0]}, but the param site has shape {shown[1]}. Give a value of that "
+        f"shape for all of the {num_runs} runs, or one for each: {shown[2]}."
+    )
+
+
+def _shared_blocks(states: Sequence[Any]) -> Blocks:
+    """The partition of the latents, which must be the same for all.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    first = states[0].blocks
+    for k, state in enumerate(states):
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), first, state.blocks)
+        if not all(jax.tree.leaves(same)):
+            raise ValueError(
+                f"At the starting values of run {k} the latents depend on one another in another way than at those of "
+                "run 0. Start elsewhere with init_params, or use partition=numpyro_smcopt.one_block."
+            )
+    return first
+
+
+def _ranked(algorithm: Any, plan: Plan, results: list[RunResult], paths: Params, rng_key: Array) -> RunResult:
+    """The best of the runs, with all of them."""
+    likelihood = getattr(algorithm, "objective", None)
+    interrupted = any(result.status is Status.INTERRUPTED for result in results)
+    if isinstance(likelihood, MarginalLikelihood | None) and not interrupted:
+        losses, errors = np.transpose([_judged(algorithm, plan, result, rng_key) for result in results])
+    else:
+        tail = -max(1, round(TAIL * len(results[0].losses)))
+        losses = np.array([np.mean(result.losses[tail:], dtype=float) for result in results])
+        errors = np.full(len(results), np.nan)
+    best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    spread = lambda *leaves: np.std(np.stack([np.asarray(leaf, float) for leaf in leaves]), 0, ddof=1)  # noqa: E731
+    runs = Runs(
+        results=tuple(results),
+        best=best,
+        losses=losses,
+        loss_errors=errors,
+        r_hat=jax.tree.map(r_hat, paths),
+        spread=jax.tree.map(spread, *(result.params for result in results)),
+    )
+    return results[best]._replace(runs=runs)
+
+
+def _judged(algorithm: Any, plan: Plan, result: RunResult, rng_key: Array) -> tuple[float, float]:
+    """Minus the log evidence at an estimate, and its error; the running one has other errors from start to start."""
+    state = result.state
+    target = make_target(algorithm.model, *join_arguments(plan.arrays, plan.static))
+    start = Start(algorithm._program, plan.static, plan.arrays, target, state.theta)
+    cloud = Cloud(state.points.x, state.log_weights, state.blocks)
+    kernel = getattr(algorithm, "kernel", None)
+    found = explore(
+        rng_key,
+        start,
+        result.params,
+        cloud,
+        kernel if isinstance(kernel, InvariantKernel) else HMC(),
+        derivatives=False,
+        init_strategy=getattr(algorithm, "init_strategy", None),
+    )
+    return -found.log_evidence, found.std
+
+
+def _describe(records: Any) -> str:
+    """The text behind the bar."""
+    diagnostics = records[0]
+    losses = diagnostics["loss"][-1]
+    parts = [f"losses {np.min(losses):.4g} to {np.max(losses):.4g}"]
+    for name, title in (("ess", "ess"), ("acceptance_rate", "accept")):
+        if name in diagnostics:
+            parts.append(f"{title} {np.mean(diagnostics[name]):.2f}")
+    return ", ".join(parts)
