@@ -1,0 +1,256 @@
+"""A denoising diffusion of handwritten digits, tuned to draw them brighter or darker.
+
+A small network is pretrained on the 8x8 digits of scikit-learn by denoising score matching. `ImplicitDiffusion` then
+tunes the sampler itself, Euler-Maruyama of the reverse diffusion, to the mean pixel or to minus the mean pixel, less
+kl_weight times the divergence of its paths from those of the pretrained sampler.
+
+Prints for every weight, from fresh samples of the final sampler: the mean pixel (0 to 16), the path divergence, the
+loss reached and the least loss that any sampler can have, and whether the samples are still digits: the share on which
+two classifiers, a support vector machine and trees, each trained on a half of the real digits, agree; the share for
+which most trees vote alike as well; the median distance to the nearest real digit; and how many classes there are (the
+exponential of the entropy). Real digits that were held out, and pixels drawn independently from those of real digits,
+stand beside. Draws the samples and the trade-off.
+
+Needs flax, scikit-learn and matplotlib.
+"""
+
+import argparse
+import functools
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import numpyro.distributions as dist
+import optax
+from jax import random
+from numpyro.contrib.module import flax_module
+from sklearn.datasets import load_digits
+from sklearn.ensemble import ExtraTreesClassifier
+from sklearn.svm import SVC
+
+from numpyro_smcopt import ImplicitDiffusion
+from numpyro_smcopt.objectives import PathKL, Reward
+from numpyro_smcopt.samplers import EulerMaruyama
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Images are in [-1, 1]. Noise comes in by dX = -X dt + sqrt(2) dW, so X_t ~ Normal(e^-t X_0, 1 - e^-2t).
+FIRST, LAST = 3.0, 0.005  # times of the noise between which the reverse diffusion runs
+KL_WEIGHTS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+# The model and its pretraining
+
+
+class Network(nn.Module):
+    """Predicts ``e^-t eps - sqrt(1 - e^-2t) x`` from ``y = e^-t x + sqrt(1 - e^-2t) eps`` of one image."""
+
+    width: int = 256
+
+    @nn.compact
+    def __call__(self, t, y):
+        waves = jnp.exp(jnp.linspace(0.0, 4.0, 16)) * jnp.log(t) / 4
+        hidden = nn.Dense(self.width)(jnp.concatenate([y, jnp.sin(waves), jnp.cos(waves)]))
+        for _ in range(2):
+            hidden = hidden + nn.Dense(self.width)(nn.swish(nn.LayerNorm()(hidden)))
+        return nn.Dense(y.size, kernel_init=nn.initializers.zeros)(nn.swish(hidden))
+
+
+def model():
+    """The drift of the reverse diffusion, y + 2 score, after time s: where the noise has had the time FIRST - s."""
+    network = flax_module("net", Network(), jnp.ones(()), jnp.ones(64))
+
+    def drift(s, y):
+        t = FIRST - s
+        return -y - 2 * jnp.exp(-t) / jnp.sqrt(1 - jnp.exp(-2 * t)) * network(t, y)
+
+    return drift
+
+
+def matching_loss(params, rng_key, images, batch_size=128):
+    """The error of the network, at times that are uniform on the logarithmic scale."""
+    key_image, key_time, key_noise = random.split(rng_key, 3)
+    x = images[random.randint(key_image, (batch_size,), 0, len(images))]
+    t = jnp.exp(random.uniform(key_time, (batch_size, 1), minval=np.log(LAST), maxval=np.log(FIRST)))
+    noise, signal, spread = random.normal(key_noise, x.shape), jnp.exp(-t), jnp.sqrt(1 - jnp.exp(-2 * t))
+    found = jax.vmap(lambda t, y: Network().apply({"params": params}, t, y))(t[:, 0], signal * x + spread * noise)
+    return jnp.mean((found - (signal * noise - spread * x)) ** 2)
+
+
+def pretrain(images, num_steps):
+    """Parameters of the model, by denoising score matching."""
+    params = Network().init(random.key(0), jnp.ones(()), jnp.ones(64))["params"]
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
+
+    def step(carry, rng_key):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(matching_loss)(params, rng_key, images), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = random.split(random.key(1), num_steps)
+    (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((params, optimizer.init(params)))
+    return {"net$params": params}
+
+
+# Tuning
+
+
+def pixels(y):
+    """Brightness of the pixels of an image, 0 to 16."""
+    return 8 * (jnp.clip(y, -1, 1) + 1)
+
+
+def reward_of(sign):
+    return lambda sample: sign * jnp.mean(pixels(sample["y"]))
+
+
+def make_sampler(num_times, **settings):
+    """The steps of the reverse diffusion become shorter in proportion to the time of the noise."""
+    times = FIRST - np.geomspace(FIRST, LAST, num_times + 1)
+    return EulerMaruyama(times, dist.Normal(0.0, 1.0).expand([64]).to_event(1), 2**0.5, **settings)
+
+
+def tuner(pretrained, sign, kl_weight, num_times, num_steps, num_particles, **settings):
+    objective = Reward(reward_of(sign), kl_weight, PathKL(reference_params=pretrained))
+    optim = optax.adam(optax.cosine_decay_schedule(5e-4, num_steps))
+    sampler = make_sampler(num_times, **settings)
+    return ImplicitDiffusion(model, optim, objective, sampler=sampler, num_particles=num_particles)
+
+
+# Judging
+
+
+class Digits:
+    """What is known of real digits, half of them for each classifier."""
+
+    def __init__(self, images, labels):
+        self.images, half = images, len(images) // 2
+        self.machine = SVC(C=10.0).fit(images[:half], labels[:half])
+        self.trees = ExtraTreesClassifier(200, random_state=0).fit(images[half:], labels[half:])
+
+    def describe(self, images):
+        """Share agreed on, share sure, median distance to the nearest digit, effective number of classes."""
+        images = np.clip(images, -1, 1)
+        found, votes = self.machine.predict(images), self.trees.predict_proba(images)
+        agreed = found == votes.argmax(1)
+        squares = (images**2).sum(1)[:, None] - 2 * images @ self.images.T + (self.images**2).sum(1)
+        distance = 8 * np.median(np.sqrt(squares.min(1)))
+        shares = np.bincount(found, minlength=10) / len(found)
+        classes = np.exp(-np.sum(shares * np.log(np.maximum(shares, 1e-9))))
+        return np.mean(agreed), np.mean(agreed & (votes.max(1) > 0.5)), distance, classes
+
+
+def least_loss(rewards, kl_weight):
+    """``-beta log E exp(R / beta)`` under the pretrained sampler, the least that ``-E R + beta KL`` can be.
+
+    Returns:
+        It, and whether enough samples (100) count for it to be known.
+    """
+    exponents = rewards / kl_weight
+    weights = np.exp(exponents - exponents.max())
+    return -kl_weight * (exponents.max() + np.log(weights.mean())), weights.sum() ** 2 / np.sum(weights**2) > 100
+
+
+def print_row(name, brightness, kl, loss, least, description):
+    numbers = [f"{value:>9.3f}" if value is not None else " " * 9 for value in (brightness, kl, loss, least)]
+    agreed, sure, distance, classes = description
+    print(f"{name:<22}" + "".join(numbers) + f"{agreed:>9.3f}{sure:>8.3f}{distance:>10.1f}{classes:>9.1f}", flush=True)
+
+
+# The figure
+
+
+def mosaic(images, num=8):
+    """Images side by side in ``num`` rows."""
+    rows = np.clip(images[: num * num], -1, 1).reshape(num, -1, 8, 8)
+    return np.concatenate([np.concatenate(row, 1) for row in rows])
+
+
+def draw(shown, curves, start, path):
+    """Samples on the left, the trade-off on the right."""
+    widths = [1.0] * len(shown) + [1.5]
+    figure, axes = plt.subplots(1, len(widths), figsize=(13, 3.4), layout="constrained", width_ratios=widths)
+    for axis, (title, images) in zip(axes, shown.items(), strict=False):
+        axis.imshow(mosaic(images), cmap="gray", vmin=-1, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[])
+    for colour, (name, (kl, brightness, weights)) in zip(("tab:orange", "tab:blue"), curves.items(), strict=True):
+        axes[-1].plot([0.0, *kl], [start, *brightness], "o-", color=colour, label=name)
+        for weight, *where in zip(weights, kl, brightness, strict=True):
+            axes[-1].annotate(f"{weight:g}", where, xytext=(4, 5), textcoords="offset points", fontsize=8)
+    axes[-1].set(xlabel="path divergence from the pretrained sampler", ylabel="mean pixel", title="by kl_weight")
+    axes[-1].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    """Print the table, draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretraining-steps", type=int, default=20_000)
+    parser.add_argument("--num-steps", type=int, default=150, help="updates of the tuning")
+    parser.add_argument("--num-particles", type=int, default=64)
+    parser.add_argument("--num-times", type=int, default=50, help="steps of the reverse diffusion")
+    parser.add_argument("--num-judged", type=int, default=1000, help="samples that are judged")
+    parser.add_argument("--kl-weights", type=float, nargs="+", default=KL_WEIGHTS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "digits_diffusion.png")
+    args = parser.parse_args()
+    clock = functools.partial(lambda begin: f"{time.process_time() - begin:.0f} s of CPU", time.process_time())
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = (images[order] / 8 - 1).astype(np.float32), labels[order]
+    images, held_out, labels, labels_held_out = images[:1437], images[1437:], labels[:1437], labels[1437:]
+    digits = Digits(images, labels)
+    accuracies = [classifier.score(held_out, labels_held_out) for classifier in (digits.machine, digits.trees)]
+    print("accuracy on digits held out: support vector machine {:.3f}, trees {:.3f}".format(*accuracies))
+
+    pretrained = pretrain(jnp.asarray(images), args.pretraining_steps)
+    print(f"pretrained after {clock()}")
+
+    print(
+        f"\n{'':<22}{'pixel':>9}{'KL':>9}{'loss':>9}{'least':>9}{'agreed':>9}{'sure':>8}{'distance':>10}{'classes':>9}"
+    )
+    mixed = np.random.default_rng(1).permuted(images, axis=0)
+    for name, these in (("digits held out", held_out), ("pixels mixed", mixed[: args.num_judged])):
+        print_row(name, np.mean(pixels(these)), None, None, None, digits.describe(these))
+
+    shown, curves = {}, {}
+    for name, sign in (("brighter", 1.0), ("darker", -1.0)):
+        # Fresh samples, many more than for tuning, from a sampler whose theta stands still.
+        objective = Reward(reward_of(sign), 1.0, PathKL(reference_params=pretrained))
+        judge = ImplicitDiffusion(
+            model, optax.sgd(0.0), objective, sampler=make_sampler(args.num_times), num_particles=args.num_judged
+        )
+        state = judge.init(random.key(2), init_params=pretrained)
+        before = np.asarray(judge.get_samples(state, num_samples=10 * args.num_judged)["y"])
+        rewards = sign * np.asarray(pixels(before)).mean(1)
+        if not shown:
+            shown["pretrained"], start = before, np.mean(rewards)
+            print_row("pretrained", start, 0.0, None, None, digits.describe(before))
+        found = []
+        for kl_weight in args.kl_weights:
+            optimizer = tuner(pretrained, sign, kl_weight, args.num_times, args.num_steps, args.num_particles)
+            result = optimizer.run(random.key(3), args.num_steps, init_params=pretrained, progress_bar=False)
+            state = judge.init(random.key(4), init_params=result.params)
+            reward, kl = (float(state.diagnostics[name]) for name in ("reward", "path_kl"))
+            after = np.asarray(judge.get_samples(state, rng_key=random.key(5))["y"])
+            least, known = least_loss(rewards, kl_weight)
+            label = f"{name}, weight {kl_weight:g}"
+            loss = kl_weight * kl - reward
+            print_row(label, sign * reward, kl, loss, least if known else None, digits.describe(after))
+            found.append((kl, sign * reward, kl_weight))
+            if kl_weight == args.kl_weights[len(args.kl_weights) // 2]:
+                shown[f"{name}, weight {kl_weight:g}"] = after
+        curves[name] = tuple(zip(*found, strict=True))
+    print(f"\nall after {clock()}")
+    draw(shown, curves, start, args.output)
+    print(f"Figure: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
