@@ -105,8 +105,8 @@ def pixels(y):
     return 8 * (jnp.clip(y, -1, 1) + 1)
 
 
-def reward_of(sign):
-    return lambda sample: sign * jnp.mean(pixels(sample["y"]))
+def brightness(sample):
+    return jnp.mean(pixels(sample["y"]))
 
 
 def make_sampler(num_times, **settings):
@@ -116,7 +116,7 @@ def make_sampler(num_times, **settings):
 
 
 def tuner(pretrained, sign, kl_weight, num_times, num_steps, num_particles, **settings):
-    objective = Reward(reward_of(sign), kl_weight, PathKL(reference_params=pretrained))
+    objective = Reward(lambda sample: sign * brightness(sample), kl_weight, PathKL(reference_params=pretrained))
     optim = optax.adam(optax.cosine_decay_schedule(5e-4, num_steps))
     sampler = make_sampler(num_times, **settings)
     return ImplicitDiffusion(model, optim, objective, sampler=sampler, num_particles=num_particles)
@@ -145,21 +145,43 @@ class Digits:
         return np.mean(agreed), np.mean(agreed & (votes.max(1) > 0.5)), distance, classes
 
 
+class Judge:
+    """Fresh samples, many more than for tuning, from a sampler whose theta stands still."""
+
+    def __init__(self, pretrained, num_times, num_judged):
+        objective = Reward(brightness, 1.0, PathKL(reference_params=pretrained))
+        sampler = make_sampler(num_times)
+        self._still = ImplicitDiffusion(model, optax.sgd(0.0), objective, sampler=sampler, num_particles=num_judged)
+
+    def measure(self, params):
+        """Mean pixel, path divergence, and as many samples."""
+        state = self._still.init(random.key(4), init_params=params)
+        samples = self._still.get_samples(state, rng_key=random.key(5))["y"]
+        return float(state.diagnostics["reward"]), float(state.diagnostics["path_kl"]), np.asarray(samples)
+
+    def draw(self, params, num):
+        state = self._still.init(random.key(2), init_params=params)
+        return np.asarray(self._still.get_samples(state, num_samples=num)["y"])
+
+
 def least_loss(rewards, kl_weight):
-    """``-beta log E exp(R / beta)`` under the pretrained sampler, the least that ``-E R + beta KL`` can be.
+    """``-beta log E exp(R / beta)`` over the pretrained sampler, the least that ``-E R + beta KL`` can be.
 
-    Returns:
-        It, and whether enough samples (100) count for it to be known.
+    None if fewer than 100 samples count, so that it is not known.
     """
-    exponents = rewards / kl_weight
-    weights = np.exp(exponents - exponents.max())
-    return -kl_weight * (exponents.max() + np.log(weights.mean())), weights.sum() ** 2 / np.sum(weights**2) > 100
+    weights = np.exp((rewards - rewards.max()) / kl_weight)
+    if weights.sum() ** 2 / np.sum(weights**2) < 100:
+        return None
+    return -rewards.max() - kl_weight * np.log(weights.mean())
 
 
-def print_row(name, brightness, kl, loss, least, description):
-    numbers = [f"{value:>9.3f}" if value is not None else " " * 9 for value in (brightness, kl, loss, least)]
+HEADINGS = "pixel", "KL", "loss", "least", "agreed", "sure", "distance", "classes"
+
+
+def print_row(name, pixel, kl, loss, least, description):
     agreed, sure, distance, classes = description
-    print(f"{name:<22}" + "".join(numbers) + f"{agreed:>9.3f}{sure:>8.3f}{distance:>10.1f}{classes:>9.1f}", flush=True)
+    cells = ["" if value is None else f"{value:.3f}" for value in (pixel, kl, loss, least, agreed, sure)]
+    print(f"{name:<24}" + "".join(f"{cell:>9}" for cell in (*cells, f"{distance:.1f}", f"{classes:.1f}")), flush=True)
 
 
 # The figure
@@ -178,10 +200,10 @@ def draw(shown, curves, start, path):
     for axis, (title, images) in zip(axes, shown.items(), strict=False):
         axis.imshow(mosaic(images), cmap="gray", vmin=-1, vmax=1)
         axis.set(title=title, xticks=[], yticks=[])
-    for colour, (name, (kl, brightness, weights)) in zip(("tab:orange", "tab:blue"), curves.items(), strict=True):
-        axes[-1].plot([0.0, *kl], [start, *brightness], "o-", color=colour, label=name)
-        for weight, *where in zip(weights, kl, brightness, strict=True):
-            axes[-1].annotate(f"{weight:g}", where, xytext=(4, 5), textcoords="offset points", fontsize=8)
+    for colour, (name, points) in zip(("tab:orange", "tab:blue"), curves.items(), strict=True):
+        axes[-1].plot(*zip((0.0, start), *(point[1:] for point in points), strict=True), "o-", color=colour, label=name)
+        for kl_weight, *where in points:
+            axes[-1].annotate(f"{kl_weight:g}", where, xytext=(4, 5), textcoords="offset points", fontsize=8)
     axes[-1].set(xlabel="path divergence from the pretrained sampler", ylabel="mean pixel", title="by kl_weight")
     axes[-1].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,45 +232,29 @@ def main():
     print("accuracy on digits held out: support vector machine {:.3f}, trees {:.3f}".format(*accuracies))
 
     pretrained = pretrain(jnp.asarray(images), args.pretraining_steps)
-    print(f"pretrained after {clock()}")
-
-    print(
-        f"\n{'':<22}{'pixel':>9}{'KL':>9}{'loss':>9}{'least':>9}{'agreed':>9}{'sure':>8}{'distance':>10}{'classes':>9}"
-    )
+    print(f"pretrained after {clock()}\n\n{'':<24}" + "".join(f"{heading:>9}" for heading in HEADINGS))
     mixed = np.random.default_rng(1).permuted(images, axis=0)
     for name, these in (("digits held out", held_out), ("pixels mixed", mixed[: args.num_judged])):
         print_row(name, np.mean(pixels(these)), None, None, None, digits.describe(these))
 
-    shown, curves = {}, {}
+    judge = Judge(pretrained, args.num_times, args.num_judged)
+    before = judge.draw(pretrained, 10 * args.num_judged)
+    start = np.asarray(pixels(before)).mean(1)
+    print_row("pretrained", start.mean(), 0.0, None, None, digits.describe(before))
+    shown, curves = {"pretrained": before}, {}
     for name, sign in (("brighter", 1.0), ("darker", -1.0)):
-        # Fresh samples, many more than for tuning, from a sampler whose theta stands still.
-        objective = Reward(reward_of(sign), 1.0, PathKL(reference_params=pretrained))
-        judge = ImplicitDiffusion(
-            model, optax.sgd(0.0), objective, sampler=make_sampler(args.num_times), num_particles=args.num_judged
-        )
-        state = judge.init(random.key(2), init_params=pretrained)
-        before = np.asarray(judge.get_samples(state, num_samples=10 * args.num_judged)["y"])
-        rewards = sign * np.asarray(pixels(before)).mean(1)
-        if not shown:
-            shown["pretrained"], start = before, np.mean(rewards)
-            print_row("pretrained", start, 0.0, None, None, digits.describe(before))
-        found = []
+        curves[name] = []
         for kl_weight in args.kl_weights:
             optimizer = tuner(pretrained, sign, kl_weight, args.num_times, args.num_steps, args.num_particles)
             result = optimizer.run(random.key(3), args.num_steps, init_params=pretrained, progress_bar=False)
-            state = judge.init(random.key(4), init_params=result.params)
-            reward, kl = (float(state.diagnostics[name]) for name in ("reward", "path_kl"))
-            after = np.asarray(judge.get_samples(state, rng_key=random.key(5))["y"])
-            least, known = least_loss(rewards, kl_weight)
-            label = f"{name}, weight {kl_weight:g}"
-            loss = kl_weight * kl - reward
-            print_row(label, sign * reward, kl, loss, least if known else None, digits.describe(after))
-            found.append((kl, sign * reward, kl_weight))
+            pixel, kl, after = judge.measure(result.params)
+            label, loss = f"{name}, weight {kl_weight:g}", kl_weight * kl - sign * pixel
+            print_row(label, pixel, kl, loss, least_loss(sign * start, kl_weight), digits.describe(after))
+            curves[name].append((kl_weight, kl, pixel))
             if kl_weight == args.kl_weights[len(args.kl_weights) // 2]:
-                shown[f"{name}, weight {kl_weight:g}"] = after
-        curves[name] = tuple(zip(*found, strict=True))
+                shown[label] = after
     print(f"\nall after {clock()}")
-    draw(shown, curves, start, args.output)
+    draw(shown, curves, start.mean(), args.output)
     print(f"Figure: {args.output}")
 
 
