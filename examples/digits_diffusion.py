@@ -164,15 +164,19 @@ class Judge:
         return np.asarray(self._still.get_samples(state, num_samples=num)["y"])
 
 
-def least_loss(rewards, kl_weight):
-    """``-beta log E exp(R / beta)`` over the pretrained sampler, the least that ``-E R + beta KL`` can be.
+def optimum(rewards, kl_weight):
+    """What no sampler can better, from the rewards of the pretrained one: its law times ``exp(R / kl_weight)``.
 
-    None if fewer than 100 samples count, so that it is not known.
+    Returns:
+        ``-E R + kl_weight KL``, KL and ``E R``; all None if fewer than 100 of the samples count.
     """
     weights = np.exp((rewards - rewards.max()) / kl_weight)
-    if weights.sum() ** 2 / np.sum(weights**2) < 100:
-        return None
-    return -rewards.max() - kl_weight * np.log(weights.mean())
+    least = -rewards.max() - kl_weight * np.log(weights.mean())
+    weights = weights / weights.sum()
+    if 1 / np.sum(weights**2) < 100:
+        return None, None, None
+    mean = np.sum(weights * rewards)
+    return least, (least + mean) / kl_weight, mean
 
 
 HEADINGS = "pixel", "KL", "loss", "least", "agreed", "sure", "distance", "classes"
@@ -187,25 +191,39 @@ def print_row(name, pixel, kl, loss, least, description):
 # The figure
 
 
-def mosaic(images, num=8):
+def mosaic(images, num=6):
     """Images side by side in ``num`` rows."""
-    rows = np.clip(images[: num * num], -1, 1).reshape(num, -1, 8, 8)
-    return np.concatenate([np.concatenate(row, 1) for row in rows])
+    tiles = np.full((num, num, 9, 9), np.nan)
+    tiles[:, :, :8, :8] = images[: num * num].reshape(num, num, 8, 8)
+    return tiles.swapaxes(1, 2).reshape(9 * num, 9 * num)[:-1, :-1]
 
 
 def draw(shown, curves, start, path):
-    """Samples on the left, the trade-off on the right."""
+    """Samples on the left; on the right the mean pixel against the divergence, and the best that there can be."""
     widths = [1.0] * len(shown) + [1.5]
-    figure, axes = plt.subplots(1, len(widths), figsize=(13, 3.4), layout="constrained", width_ratios=widths)
+    figure, axes = plt.subplots(1, len(widths), figsize=(13, 3.1), layout="constrained", width_ratios=widths)
     for axis, (title, images) in zip(axes, shown.items(), strict=False):
         axis.imshow(mosaic(images), cmap="gray", vmin=-1, vmax=1)
-        axis.set(title=title, xticks=[], yticks=[])
-    for colour, (name, points) in zip(("tab:orange", "tab:blue"), curves.items(), strict=True):
-        axes[-1].plot(*zip((0.0, start), *(point[1:] for point in points), strict=True), "o-", color=colour, label=name)
+        axis.set_title(title)
+        axis.axis("off")
+    figure.get_layout_engine().set(w_pad=0.08)
+    trade = axes[-1]
+    for colour, sign, (name, points) in zip(("tab:orange", "tab:blue"), (1, -1), curves.items(), strict=True):
+        best = [optimum(sign * start, kl_weight)[1:] for kl_weight in np.geomspace(100.0, 0.05, 100)]
+        kl, mean = np.array([found for found in best if found[0] is not None]).T
+        trade.plot(kl, sign * mean, color=colour, linewidth=1, label="best possible" if sign > 0 else None)
+        trade.plot(*np.array([point[1:] for point in points]).T, "o", color=colour, label=name)
         for kl_weight, *where in points:
-            axes[-1].annotate(f"{kl_weight:g}", where, xytext=(4, 5), textcoords="offset points", fontsize=8)
-    axes[-1].set(xlabel="path divergence from the pretrained sampler", ylabel="mean pixel", title="by kl_weight")
-    axes[-1].legend(frameon=False)
+            trade.annotate(
+                f"{kl_weight:g}", where, xytext=(0, 7 * sign - 3), textcoords="offset points", fontsize=8, ha="center"
+            )
+    trade.axhline(start.mean(), color="0.7", linewidth=1, zorder=0)
+    trade.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    trade.set(xlabel="path divergence from the pretrained sampler", ylabel="mean pixel")
+    trade.set_xticks([0.1, 0.5, 2, 5, 10, 20])
+    trade.set_xlim(0.0, 1.2 * max(kl for points in curves.values() for _, kl, _ in points))
+    trade.margins(y=0.12)
+    trade.legend(frameon=False, fontsize=8, loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
 
@@ -249,12 +267,12 @@ def main():
             result = optimizer.run(random.key(3), args.num_steps, init_params=pretrained, progress_bar=False)
             pixel, kl, after = judge.measure(result.params)
             label, loss = f"{name}, weight {kl_weight:g}", kl_weight * kl - sign * pixel
-            print_row(label, pixel, kl, loss, least_loss(sign * start, kl_weight), digits.describe(after))
+            print_row(label, pixel, kl, loss, optimum(sign * start, kl_weight)[0], digits.describe(after))
             curves[name].append((kl_weight, kl, pixel))
             if kl_weight == args.kl_weights[len(args.kl_weights) // 2]:
                 shown[label] = after
     print(f"\nall after {clock()}")
-    draw(shown, curves, start.mean(), args.output)
+    draw(shown, curves, start, args.output)
     print(f"Figure: {args.output}")
 
 
