@@ -31,6 +31,7 @@ def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
         assert abs(estimate) < 1e6 and abs(published) < 1e6
 
 
+@pytest.mark.slow
 def test_digits_are_tuned_and_judged(tmp_path):
     """A moment's pretraining and two updates: no sampler does better than the bound, and real digits are digits."""
     pytest.importorskip("flax")
