@@ -4,6 +4,7 @@
 
 import re
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import optax
 import pytest
 from jax import random
 from jax.flatten_util import ravel_pytree
+from numpyro.contrib.module import flax_module
 
 from numpyro_smcopt import ImplicitDiffusion, SMCOptimizer
 from numpyro_smcopt.noise import draw_normals
@@ -208,6 +210,30 @@ def test_masked_rewards_are_counted():
         result = optimizer.run(random.key(0), 10, progress_bar=False)
     assert np.all(np.isfinite(result.losses)) and np.all(result.diagnostics["num_masked"] > 10)
     assert np.isfinite(result.params["theta"]) and int(result.state.num_refused) == 0
+
+
+def test_divergence_from_a_pretrained_network():
+    """A network of flax, tuned from its pretrained parameters; the divergence by hand along the path that was made."""
+    network = flax.linen.Dense(2)
+    pretrained = {"net$params": network.init(random.key(1), jnp.ones(3))["params"]}
+
+    def model():
+        net = flax_module("net", network, jnp.ones(3))
+        return lambda t, y: net(jnp.append(y, t))
+
+    start = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    objective = Reward(lambda sample: sample["y"][0], 0.5, PathKL(reference_params=pretrained))
+    settings = EulerMaruyama(TIMES, start, SIGMA, paths=Paths.STORED)
+    optimizer = ImplicitDiffusion(model, optax.sgd(1.0), objective, sampler=settings, num_particles=50)
+    state = optimizer.init(random.key(0), init_params=pretrained)
+    assert state.diagnostics["path_kl"] == 0 and state.diagnostics["loss"] == -state.diagnostics["reward"]
+    state, _ = optimizer.update(state)
+    moved = jax.tree.map(np.subtract, state.params, pretrained)["net$params"]
+    path, times = np.asarray(state.particles.ready.path), np.broadcast_to(TIMES[:-1, None, None], (10, 50, 1))
+    gaps = np.concatenate([path, times], 2) @ moved["kernel"] + moved["bias"]
+    expected = np.sum(0.1 / (2 * SIGMA**2) * gaps**2, (0, 2)).mean()
+    np.testing.assert_allclose(state.diagnostics["path_kl"], expected, rtol=1e-5)
+    np.testing.assert_allclose(state.diagnostics["loss"], 0.5 * expected - state.diagnostics["reward"], rtol=1e-5)
 
 
 # Bad input

@@ -29,3 +29,23 @@ def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
         row = rf"^{re.escape(label)} +(\S+) +(\S+)$"
         estimate, published = map(float, re.search(row, done.stdout, re.MULTILINE).groups())
         assert abs(estimate) < 1e6 and abs(published) < 1e6
+
+
+@pytest.mark.slow
+def test_digits_are_tuned_and_judged(tmp_path):
+    """A moment's pretraining and two updates: no sampler does better than the bound, and real digits are digits."""
+    pytest.importorskip("flax")
+    figure = tmp_path / "digits.png"
+    budget = "--pretraining-steps 30 --num-steps 2 --num-particles 8 --num-times 4 --num-judged 100 --kl-weights 1"
+    done = run_python("examples/digits_diffusion.py", *budget.split(), "--output", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    rows = dict(re.findall(r"^(\S.*?)  +(\d.*)$", done.stdout, re.MULTILINE))
+    rows = {name: [float(value) for value in numbers.split()] for name, numbers in rows.items()}
+    _, agreed, sure, distance, _ = rows["digits held out"]
+    assert agreed > 0.95 and sure > 0.8 and distance < rows["pixels mixed"][3]
+    before = rows["pretrained"][0]
+    for name, sign in (("brighter, weight 1", 1), ("darker, weight 1", -1)):
+        pixel, kl, loss, least, *_ = rows[name]
+        assert abs(loss - (kl - sign * pixel)) < 0.002 and kl > 0
+        assert loss > least - 0.1 and sign * (pixel - before) > -0.1

@@ -47,8 +47,9 @@ class Paths(enum.Enum):
     ``RESIMULATED``: a batch is known by its key and its start, N S numbers, and is simulated under the present theta
     when its gradient is formed, which takes T N S numbers for the time; nothing is stale.
     ``CHECKPOINTED``: the same with 2 sqrt(T) N S numbers, for one more simulation.
-    ``STORED``: every batch on its way keeps its path, (M + 1) T N S numbers; the gradient is that along the path as it
-    was made, and only this way a queue of several batches spares time.
+    ``STORED``: every batch on its way keeps its path, (M + 1) T N S numbers and a copy in an update; the gradient is
+    that along the path as it was made. Only this way there can be several batches, whose steps are made side by side:
+    it spares time where one batch leaves a part of the device idle.
     """
 
     RESIMULATED = "resimulated"
