@@ -7,7 +7,8 @@
 BANK is a folder with `problems.py` (``PROBLEMS``: models, data and exact log marginal likelihoods) and `reference.json`
 (exact maxima and standard errors). Nothing is tuned: all methods run with their defaults, except that plain particle
 gradient descent has no momentum. Printed are the gap to the exact maximum of the log marginal likelihood in nats, the
-largest error in exact standard errors, and the seconds of one run with compilation.
+largest error in exact standard errors, and the processor's seconds of one run with compilation (of all cores together,
+so that another load on the machine does not count).
 """
 
 import argparse
@@ -50,10 +51,10 @@ def flat(values, like, skip):
 def score(problem, reference, make, seed, num_steps):
     """Gap, largest error and seconds of one run."""
     data = problem.load()
-    start = time.perf_counter()
+    start = time.process_time()
     result = make(problem.model).run(random.key(seed), num_steps, progress_bar=False, **data)
     params = {name: np.asarray(value, float) for name, value in result.params.items()}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     with jax.enable_x64(True):
         here = float(problem.log_marginal({name: jax.numpy.asarray(value) for name, value in params.items()}, data))
     skip = (*problem.at_boundary, *(("W",) if problem.rotation_invariant else ()))
@@ -73,7 +74,7 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     problems, references = load(args.bank)
-    print(f"{'problem':<18}" + "".join(f"{name + ': gap':>16}{'|z|':>8}{'s':>8}" for name in args.methods))
+    print(f"{'problem':<18}" + "".join(f"{name + ': gap':>16}{'|z|':>8}{'cpu s':>8}" for name in args.methods))
     for name in args.problems or problems:
         cells = []
         for method in args.methods:

@@ -19,7 +19,7 @@ from jax import random
 from numpyro import handlers
 from numpyro.distributions import constraints
 
-from numpyro_smcopt import Damping, MomentumParticleMLE, Status, kernels, objectives, one_block
+from numpyro_smcopt import Damping, MomentumParticleMLE, Status, find_blocks, kernels, objectives, one_block
 from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.underdamped import exponential, nesterov, stability_limit, uncorrected
 from numpyro_smcopt.target import make_target
@@ -120,6 +120,30 @@ def test_friction_and_mass_are_aliases_of_step_size_and_momentum():
     np.testing.assert_allclose(
         [one.latent_step_size, one.latent_damping], [two.latent_step_size, two.latent_damping], rtol=1e-14
     )
+
+
+@pytest.mark.parametrize("still", ["theta", "latents"])
+def test_momentum_on_one_block_only(still):
+    """No momentum is the limit of a large inverse mass, at the same step size."""
+    with jax.enable_x64(True):
+        dt, gamma, eta = (0.05, 0.4, 1e24) if still == "theta" else (0.05, 0.4, 30.0)
+        ldt, lgamma, leta = (0.03, 0.2, 1e24) if still == "latents" else (0.03, 0.2, 12.0)
+        optimizer = MomentumParticleMLE(
+            toy,
+            step_size=dt / gamma,
+            momentum=0.0 if still == "theta" else math.exp(-gamma * eta * dt),
+            latent_step_size=ldt / lgamma,
+            latent_momentum=0.0 if still == "latents" else math.exp(-lgamma * leta * ldt),
+            num_particles=5,
+        )
+        first = state = optimizer.init(random.key(0), Y)
+        drawn = []
+        for _ in range(3):
+            drawn.append(normals_of(state, 5))
+            state, _ = optimizer.update(state, Y)
+        theta, x = reference_updates(first, drawn, dt, gamma, eta, ldt, lgamma, leta)
+        np.testing.assert_allclose(state.theta["theta"], theta, rtol=1e-9)
+        np.testing.assert_allclose(state.points.x, x, rtol=1e-9)
 
 
 @pytest.mark.parametrize("simultaneous", [False, True])
@@ -388,6 +412,18 @@ def test_defaults_find_the_maximum_without_numbers():
     scores = (samples.mean(0) - variance * y) / np.sqrt(variance / len(samples))
     assert abs(np.mean(scores**2) - 1) < 0.5  # and each within 4 to 5
     assert np.max(np.abs(scores)) < 5
+
+
+@pytest.mark.parametrize(("partition", "expected"), [(find_blocks, 8), (one_block, 32)])
+def test_a_large_theta_has_few_particles_where_blocks_stand_in_for_them(partition, expected):
+    def large(y):
+        shift = numpyro.param("shift", jnp.zeros(600))
+        with numpyro.plate("rows", len(y)):
+            x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(x[:, None] + shift, 1.0).to_event(1), obs=y)
+
+    optimizer = MomentumParticleMLE(large, step_size=0.01, latent_step_size=0.01, partition=partition)
+    assert optimizer.init(random.key(0), np.zeros((256, 600))).points.x.shape == (expected, 256)
 
 
 def test_another_objective_is_minimised():

@@ -14,6 +14,8 @@ from numpyro_smcopt.reporting import reference
 WORK_PER_EVALUATION = 1_500_000  # array elements that the default number of particles aims at
 FEWEST_PARTICLES, MOST_PARTICLES = 32, 128
 MOST_WITHOUT_CONTROL_VARIATES = 1024  # where nothing else takes the noise out of a gradient
+FEWEST_WITHOUT_INFORMATION = 8  # particles without weights, where theta is too large for an information matrix
+GRADIENT_DRAWS = 2048  # particles times blocks that such a theta needs: more of them are better spent on more updates
 LARGEST_INFORMATION = 500  # coordinates of theta up to which an information matrix is affordable
 INFORMATION_DRAWS = 2048  # particles times blocks from which the information is formed
 LARGEST_INFORMATION_WORK = 2e9  # array elements of one information
@@ -28,11 +30,17 @@ WIDE_ISLANDS = 8
 TRANSPORT_WORK = 1e10  # array elements of the transport of the latents, which is differentiated three times
 
 
-def default_num_particles(work: int, *, control_variates: bool = True) -> int:
+def default_num_particles(work: int, *, control_variates: bool = True, fewest: int = FEWEST_PARTICLES) -> int:
     """Fewer particles for larger models, a power of two; more where no control variates make the most of each."""
     fitting = WORK_PER_EVALUATION / work
     most = MOST_PARTICLES if control_variates else MOST_WITHOUT_CONTROL_VARIATES
-    return int(np.clip(2 ** round(math.log2(fitting)), FEWEST_PARTICLES, most))
+    return int(np.clip(2 ** round(math.log2(fitting)), fewest, most))
+
+
+def fewest_without_information(num_blocks: int) -> int:
+    """The smallest default number of unweighted particles for a large theta; independent blocks stand in for them."""
+    enough = 2 ** math.ceil(math.log2(GRADIENT_DRAWS / max(num_blocks, 1)))
+    return int(np.clip(enough, FEWEST_WITHOUT_INFORMATION, FEWEST_PARTICLES))
 
 
 def num_for_information(num_particles: int, num_blocks: int, num_params: int, work: int) -> int:

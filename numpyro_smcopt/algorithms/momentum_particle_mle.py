@@ -158,7 +158,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         momentum: Momentum of theta in [0, 1): a number or a schedule. By default near critical damping, or 0.9.
         latent_step_size: Step size of the particles on unconstrained space; by default chosen for `bias_tolerance`.
         latent_momentum: Momentum of the particles; by default near critical damping.
-        num_particles: N; by default between 32 and 128, fewer for larger models.
+        num_particles: N; by default a power of two that falls with the size of the model, 32 at least, or 8 where theta
+            has more than 500 coordinates and the latents fall into 256 blocks or more.
         objective: What is minimised; by default `MarginalLikelihood`, with control variates where the step of theta is
             chosen by default, and plain, as in the paper, where it is given.
         gamma: Friction of theta, with ``eta`` in place of step size and momentum.
@@ -298,13 +299,17 @@ class MomentumParticleMLE(ParticleAlgorithm):
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
         self._objective(theta).check(target, theta)
         blocks = start_blocks(key_blocks, start, self.partition, self.init_strategy)
-        warm = warm_theta(start, blocks) if self._knows_units(theta) else None
+        informed = self._knows_units(theta)
+        warm = warm_theta(start, blocks) if informed else None
         if warm is not None:
             theta, mode = warm
         num_particles = 1
         if target.sites.num_latents:
+            fewest = budget.FEWEST_PARTICLES
+            if not _information_is_affordable(theta):
+                fewest = budget.fewest_without_information(blocks.num_blocks)
             num_particles = self.num_particles or budget.default_num_particles(
-                target.work(theta), control_variates=self._knows_units(theta)
+                target.work(theta), control_variates=informed, fewest=fewest
             )
         first = ("first", num_particles), self._first_state(num_particles)
         state, terms, num_unfinished, num_stages = start.call(*first, key_cloud, theta, blocks, mode, key_state)
@@ -377,8 +382,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _knows_units(self, theta: Theta) -> bool:
         """Whether the step of theta is chosen from the information in the particles."""
-        small = sum(leaf.size for leaf in jax.tree.leaves(theta)) <= budget.LARGEST_INFORMATION
-        return self.step_size is None and self.preconditioner is None and small and self._maximises_likelihood
+        automatic = self.step_size is None and self.preconditioner is None
+        return automatic and _information_is_affordable(theta) and self._maximises_likelihood
 
     def _objective(self, theta: Theta) -> Objective:
         return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
@@ -597,6 +602,10 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
 
 # -- small print -------------------------------------------------------------------------------------------------------
+def _information_is_affordable(theta: Theta) -> bool:
+    return sum(leaf.size for leaf in jax.tree.leaves(theta)) <= budget.LARGEST_INFORMATION
+
+
 def _alive(blocks: Blocks, terms: tuple[Array, ...], coordinates: tuple[Array, ...]) -> Array:
     """[N, B] bool: in which blocks of which particles terms [N, K] and coordinates [N, D] are all finite."""
     parts = [blocks.sum_terms(v) for v in terms] + [blocks.sum_coordinates(v) for v in coordinates]
