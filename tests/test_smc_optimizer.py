@@ -18,7 +18,8 @@ from jax import random
 from numpyro.distributions import constraints
 from scipy.special import logsumexp
 
-from numpyro_smcopt import ImplicitDiffusion, SMCOptimizer, Status, find_blocks, loop, one_block, tempering
+from numpyro_smcopt import SMCOptimizer, Status, find_blocks, loop, one_block, tempering
+from numpyro_smcopt.algorithms import budget
 from numpyro_smcopt.algorithms.particles import evaluator
 from numpyro_smcopt.kernels import HMC, MALA, ULA, RandomWalk, preconditioners
 from numpyro_smcopt.noise import draw_noise
@@ -456,8 +457,7 @@ def test_ess_in_float32_agrees_with_float64_over_a_million_observations():
     assert abs(weights.sum() ** 2 / np.sum(weights**2) / 8 / exact - 1) > 0.01
 
 
-@pytest.mark.parametrize("algorithm", [SMCOptimizer, ImplicitDiffusion])
-def test_gradients_of_single_particles_are_kept_only_where_they_are_short(algorithm):
+def test_gradients_of_single_particles_are_kept_only_where_they_are_short():
     """A network has more weights than the energy of a particle has numbers: its gradients are taken of the cloud."""
 
     def network():
@@ -466,9 +466,9 @@ def test_gradients_of_single_particles_are_kept_only_where_they_are_short(algori
         x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         numpyro.factor("energy", -jnp.sum(jnp.tanh(outer @ jnp.tanh(inner @ x))))
 
-    kernel = {"kernel": MALA()} if algorithm is SMCOptimizer else {"sampler": MALA()}
-    few = algorithm(mixture, optax.sgd(0.1), num_particles=16, **kernel).init(random.key(0), OBSERVED)
-    assert few.points.score.shape == (16, 3)
+    sizes = {"num_blocks": 1, "num_evaluations": 1}
+    assert budget.carries_scores(16, 3, work=270, **sizes) and not budget.carries_scores(16, 1680, work=200, **sizes)
+    assert make_target(network, (), {}).work(make_target(network, (), {}).initial_params(random.key(0), {})[1]) < 400
     reward = Reward(lambda sample: jnp.tanh(sample["x"][0]))
-    many = algorithm(network, optax.sgd(0.1), reward, num_particles=16, **kernel).init(random.key(0))
-    assert many.points.score is None
+    state = SMCOptimizer(network, optax.sgd(0.1), reward, kernel=MALA(), num_particles=16).init(random.key(0))
+    assert state.points.score is None
