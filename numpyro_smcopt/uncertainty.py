@@ -21,6 +21,7 @@ from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import small_sample_factor
 
 DIRECTIONS_AT_ONCE_BUDGET = 3e7  # numbers held by one batch of directional derivatives
+ROUNDING = 32.0  # in units of the precision: the relative spread of a score below which it has none
 
 
 class Information(NamedTuple):
@@ -35,6 +36,18 @@ class Information(NamedTuple):
     complete: Array
     missing: Array
     largest_share: Array
+
+
+class Fisher(NamedTuple):
+    """Fisher information of a flat ``theta``, estimated.
+
+    Attributes:
+        matrix: [P, P]; rows and columns of coordinates on which the law does not depend are zero.
+        draws: [] how many particles of equal weight it is worth.
+    """
+
+    matrix: Array
+    draws: Array
 
 
 def louis_information(
@@ -87,8 +100,8 @@ def louis_information(
     return gradients[0], Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
 
 
-def fisher_information(scores: Array, log_weights: Array) -> Array:
-    """``Cov_pi( grad_theta U )`` [P, P], the Fisher information of the family ``pi_theta``.
+def fisher_information(scores: Array, log_weights: Array) -> Fisher:
+    """``Cov_pi( grad_theta U )``, the Fisher information of the family ``pi_theta``.
 
     Args:
         scores: [N, P] gradients of the energy in theta at the particles.
@@ -97,5 +110,12 @@ def fisher_information(scores: Array, log_weights: Array) -> Array:
     weights = jnp.exp(log_weights)
     scores = jnp.where(weights[:, None] > 0, scores, 0.0)
     mean = jnp.einsum("n,np->p", weights, scores, precision="highest")  # not `sum`: see `louis_information`
-    centred = (scores - mean) * jnp.sqrt(weights * small_sample_factor(log_weights))[:, None]
-    return jnp.matmul(centred.T, centred, precision="highest")
+    centred = scores - mean
+    # Twice, because what is left of a large mean after the first is rounding.
+    centred = centred - jnp.einsum("n,np->p", weights, centred, precision="highest")
+    centred = centred * jnp.sqrt(weights * small_sample_factor(log_weights))[:, None]
+    matrix = jnp.matmul(centred.T, centred, precision="highest")
+    # A coordinate that shifts all energies alike, the last bias of a network, has rounding for a variance.
+    square = jnp.einsum("n,np->p", weights, scores**2, precision="highest")
+    known = jnp.diag(matrix) > (ROUNDING * jnp.finfo(matrix.dtype).eps) ** 2 * square
+    return Fisher(jnp.where(known & known[:, None], matrix, 0.0), 1 / jnp.sum(weights**2))

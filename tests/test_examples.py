@@ -49,3 +49,46 @@ def test_digits_are_tuned_and_judged(tmp_path):
         pixel, kl, loss, least, *_ = rows[name]
         assert abs(loss - (kl - sign * pixel)) < 0.002 and kl > 0
         assert loss > least - 0.1 and sign * (pixel - before) > -0.1
+
+
+def numbers_after(label, text):
+    """The numbers of the row that begins with `label`."""
+    row = re.search(rf"^{re.escape(label)}(.*)$", text, re.MULTILINE).group(1)
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", row)]
+
+
+def test_mixture_is_tuned_to_the_optimum_by_quadrature(tmp_path):
+    figure = tmp_path / "mixture.png"
+    options = [
+        "--num-steps",
+        "60",
+        "--num-particles",
+        "500",
+        "--algorithms",
+        "SMCOptimizer",
+        "--divergences",
+        "reverse",
+    ]
+    done = run_python("examples/mixture_reward.py", *options, "--output", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    start, best, found = (
+        numbers_after(f"{name:<20}reverse", done.stdout)[0] for name in ("the start", "the optimum", "SMCOptimizer")
+    )
+    assert best - 0.02 < found <= best and start < best - 0.2
+
+
+def test_energy_based_model_is_trained_and_tuned(tmp_path):
+    figure = tmp_path / "energy.png"
+    sizes = {"num-data": 500, "batch-size": 100, "width": 8, "num-particles": 200, "train-steps": 30, "tune-steps": 10}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    options += ["--algorithms", "SMCOptimizer", "--kl-weights", "1"]
+    done = run_python("examples/energy_based.py", *options, "--output", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    assert (tmp_path / "energy_tuned.png").read_bytes().startswith(PNG_SIGNATURE)
+    kl, _, _, log_z, again = numbers_after(f"{'SMCOptimizer':<20}", done.stdout)[:5]
+    assert 0 < kl < 0.8 and abs(log_z - again) < 0.1  # of the base measure alone, KL is 1.59
+    tuned = done.stdout[done.stdout.index("tuning") :]
+    reward, _, divergence, objective, gap = numbers_after(f"{'SMCOptimizer':<20}", tuned)[1:6]
+    assert abs(reward - divergence - objective) < 2e-4 and -1e-4 < gap < 0.2

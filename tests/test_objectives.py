@@ -24,16 +24,20 @@ from quartics import (
     model,
     reference_quantiles,
 )
+from scipy.special import logsumexp
 
 from numpyro_smcopt import SMCOptimizer, kernels
 from numpyro_smcopt.objectives import (
+    Cloud,
     EnergyBasedLikelihood,
     ForwardKL,
     Objective,
     ReverseKL,
     Reward,
+    Scene,
     expectation,
 )
+from numpyro_smcopt.target import make_target
 from numpyro_smcopt.weights import weighted_mean
 
 
@@ -232,6 +236,48 @@ def test_gradient_descends_the_divergence():
     estimated = float(np.mean(estimates(ForwardKL(reference_quantiles()), *exact_clouds(random.key(3), 50, 2000))[0]))
     assert np.sign(estimated) == np.sign(gradient)
     assert EXACT_LOSSES["forward_kl"](THETA - 0.05 * estimated) < loss - 1e-3
+
+
+HEXAGON = 4.0 * np.stack([np.cos(np.pi / 3 * np.arange(6)), np.sin(np.pi / 3 * np.arange(6))], 1)
+LOGITS = np.tile([1.5, 0.0], 3)
+SHARES = np.exp(LOGITS) / np.exp(LOGITS).sum()
+
+
+def hexagon():
+    logits = numpyro.param("logits", jnp.asarray(LOGITS, jnp.float32))
+    components = dist.Normal(jnp.asarray(HEXAGON, jnp.float32), 1.0).to_event(1)
+    numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=logits), components))
+
+
+def hexagon_draws(sd, num=100_000):
+    rng = np.random.default_rng(0)
+    return HEXAGON[rng.choice(6, p=SHARES, size=num)] + sd * rng.standard_normal((num, 2))
+
+
+def hexagon_log_density(x, sd):
+    square = np.sum((x[:, None] - HEXAGON) ** 2, -1)
+    return logsumexp(np.log(SHARES) - square / (2 * sd**2), 1) - np.log(2 * np.pi * sd**2)
+
+
+@pytest.mark.parametrize(("sd", "divergence"), [(1.0, 0.0), (2.0, 0.9116)])
+def test_forward_divergence_knows_the_variance_of_its_reference(sd, divergence):
+    """The model as its own reference has none; with twice the standard deviation it is known by quadrature."""
+    target, theta = make_target(hexagon, (), {}), {"logits": jnp.asarray(LOGITS, jnp.float32)}
+    draws = hexagon_draws(sd)
+    scene = Scene(target, theta, jnp.asarray(draws, jnp.float32), random.key(0))
+    cloud = Cloud(jnp.zeros((2, 2)), jnp.zeros((2, 1)), jnp.zeros((2, 2)), jnp.full((2, 1), -np.log(2)), None)
+    excess = float(ForwardKL(draws).estimate(scene, cloud).loss) + hexagon_log_density(draws, sd).mean()
+    gaps = hexagon_log_density(draws, sd) - hexagon_log_density(draws, 1.0)
+    assert abs(excess - divergence) < 4 * gaps.std() / np.sqrt(len(gaps)) + 1e-4
+
+
+def test_energies_far_from_every_component_are_those_of_a_sum_of_logarithms():
+    """Where the densities of the components underflow, in single precision beyond a distance of 14."""
+    target, theta = make_target(hexagon, (), {}), {"logits": jnp.asarray(LOGITS, jnp.float32)}
+    far = np.array([[40.0, 30.0], [0.0, -1000.0]])
+    energy, grad = jax.vmap(jax.value_and_grad(lambda x: target.energy_of(theta, {"x": x})))(jnp.asarray(far))
+    np.testing.assert_allclose(energy, -hexagon_log_density(far, 1.0), rtol=1e-5)
+    assert np.all(np.isfinite(grad)) and np.all(np.linalg.norm(grad, axis=1) > 40)
 
 
 def test_pickled_objective_optimises_alike():

@@ -19,9 +19,11 @@ from numpyro.distributions import constraints
 from scipy.special import logsumexp
 
 from numpyro_smcopt import SMCOptimizer, Status, find_blocks, loop, one_block, tempering
+from numpyro_smcopt.algorithms import budget
 from numpyro_smcopt.algorithms.particles import evaluator
 from numpyro_smcopt.kernels import HMC, MALA, ULA, RandomWalk, preconditioners
 from numpyro_smcopt.noise import draw_noise
+from numpyro_smcopt.objectives import Reward
 from numpyro_smcopt.target import make_target
 
 STANDARD_ERRORS = 4.0
@@ -453,3 +455,20 @@ def test_ess_in_float32_agrees_with_float64_over_a_million_observations():
     naive = np.asarray(total(state.theta, state.points.x), float) - np.asarray(total(new.theta, state.points.x), float)
     weights = np.exp(naive - naive.max())
     assert abs(weights.sum() ** 2 / np.sum(weights**2) / 8 / exact - 1) > 0.01
+
+
+def test_gradients_of_single_particles_are_kept_only_where_they_are_short():
+    """A network has more weights than the energy of a particle has numbers: its gradients are taken of the cloud."""
+
+    def network():
+        inner = numpyro.param("inner", 0.1 * random.normal(random.key(0), (40, 2)))
+        outer = numpyro.param("outer", 0.1 * random.normal(random.key(1), (40, 40)))
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        numpyro.factor("energy", -jnp.sum(jnp.tanh(outer @ jnp.tanh(inner @ x))))
+
+    sizes = {"num_blocks": 1, "num_evaluations": 1}
+    assert budget.carries_scores(16, 3, work=270, **sizes) and not budget.carries_scores(16, 1680, work=200, **sizes)
+    assert make_target(network, (), {}).work(make_target(network, (), {}).initial_params(random.key(0), {})[1]) < 400
+    reward = Reward(lambda sample: jnp.tanh(sample["x"][0]))
+    state = SMCOptimizer(network, optax.sgd(0.1), reward, kernel=MALA(), num_particles=16).init(random.key(0))
+    assert state.points.score is None

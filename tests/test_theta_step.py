@@ -11,8 +11,15 @@ import pytest
 from jax import random
 from jax.example_libraries import optimizers
 
-from numpyro_smcopt.theta_step import NaturalStep, OptimizerStep, Surroundings, as_theta_step, inverse_metric
-from numpyro_smcopt.uncertainty import Information
+from numpyro_smcopt.theta_step import (
+    FisherStep,
+    NaturalStep,
+    OptimizerStep,
+    Surroundings,
+    as_theta_step,
+    inverse_metric,
+)
+from numpyro_smcopt.uncertainty import Information, fisher_information
 
 P = 4
 
@@ -197,3 +204,51 @@ def test_minimize_is_refused_with_a_way_out():
 def test_other_things_are_refused(wrong):
     with pytest.raises(TypeError, match="Got (str|float|function|NoneType)"):
         as_theta_step(wrong)
+
+
+# The natural gradient where the particles do not know all of the Fisher information
+
+
+def fisher_step(scores, gradient, kept=lambda step: jnp.ones(())):
+    """The first step from zero, with particles of these scores [N, P]."""
+    log_weights = jnp.full(len(scores), -np.log(len(scores)))
+    around = Surroundings(
+        jnp.asarray(gradient),
+        jnp.zeros(()),
+        fisher=lambda: fisher_information(jnp.asarray(scores), log_weights),
+        kept=kept,
+    )
+    theta, rule = jnp.zeros(len(gradient)), FisherStep()
+    return np.asarray(rule.update(rule.init(theta), theta, around)[0])
+
+
+def test_coordinates_on_which_the_law_does_not_depend_stay():
+    """The last bias of a network: the scores are one and the same, so their variance is rounding, and the gradient."""
+    scores = np.random.default_rng(0).standard_normal((1000, 3)).astype(np.float32)
+    scores[:, 1] = 0.7
+    gradient = np.array([0.01, 1e-7, -0.02], np.float32)
+    step = fisher_step(scores, gradient)
+    assert step[1] == 0.0
+    fisher = np.cov(scores[:, [0, 2]].T)
+    ridge = (0.01 + 3 / 1000) * np.diag(np.diag(fisher))
+    np.testing.assert_allclose(step[[0, 2]], -np.linalg.solve(fisher + ridge, gradient[[0, 2]]), rtol=1e-3)
+
+
+def test_steps_are_bounded_in_directions_that_the_particles_do_not_see():
+    """Twenty particles, forty parameters: in half of the directions their variance is zero, that of the law is one."""
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((20, 40)).astype(np.float32)
+    unseen = np.linalg.svd(scores - scores.mean(0))[2][-1]
+    step = fisher_step(scores, 100 * unseen.astype(np.float32))
+    assert step @ step < 2 * -np.log(0.8)  # the variance over the law of what the step does to the energy
+    assert step @ unseen < -0.1
+
+
+def test_steps_that_leave_too_few_particles_are_halved():
+    """A law that is not linear in theta: what a step does grows with the fourth power of its length."""
+    scores = np.random.default_rng(2).standard_normal((1000, 2)).astype(np.float32)
+    gradient = np.array([5.0, 0.0], np.float32)
+    whole = fisher_step(scores, gradient)
+    short = fisher_step(scores, gradient, lambda step: jnp.exp(-1e4 * jnp.sum(step**2) ** 2))
+    np.testing.assert_allclose(short, whole / 8, rtol=1e-6)
+    assert np.exp(-1e4 * np.sum(short**2) ** 2) > 0.8**1.5 > np.exp(-1e4 * np.sum((2 * short) ** 2) ** 2)

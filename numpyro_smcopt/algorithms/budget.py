@@ -43,6 +43,24 @@ def fewest_without_information(num_blocks: int) -> int:
     return int(np.clip(enough, FEWEST_WITHOUT_INFORMATION, FEWEST_PARTICLES))
 
 
+def carries_scores(num_particles: int, num_params: int, num_blocks: int, work: int, num_evaluations: int) -> bool:
+    """Whether every particle keeps its gradient in theta, so that none is taken of the cloud.
+
+    That spares a pass over all particles where a move evaluates each but once. A gradient of many coordinates from
+    little work, as of a network, costs more to keep than that: 200 ms an update instead of 12 with 2000 particles and
+    8600 coordinates.
+
+    Args:
+        num_particles: N.
+        num_params: P.
+        num_blocks: B.
+        work: See the head of this file.
+        num_evaluations: Evaluations of a particle per update.
+    """
+    affordable = num_params <= work and num_particles * num_params <= LARGEST_SCORES
+    return num_evaluations == 1 and num_blocks == 1 and affordable
+
+
 def num_for_information(num_particles: int, num_blocks: int, num_params: int, work: int) -> int:
     """How many of the particles the information is formed from."""
     enough = 2 ** math.ceil(math.log2(max(INFORMATION_DRAWS / num_blocks, 16)))

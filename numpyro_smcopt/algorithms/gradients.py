@@ -18,8 +18,8 @@ from numpyro_smcopt.objectives import Estimate, MarginalLikelihood, Objective, t
 from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
-from numpyro_smcopt.uncertainty import Information, fisher_information, louis_information
-from numpyro_smcopt.weights import incremental_log_weight, weighted_variance
+from numpyro_smcopt.uncertainty import Fisher, Information, fisher_information, louis_information
+from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, weighted_variance
 
 Gradient: TypeAlias = Callable[[Point, Estimate], Array]
 """Particles [N, ...] and what the objective says of them, to the gradient [P]."""
@@ -76,7 +76,7 @@ def surroundings(
         weights = jax.nn.log_softmax(log_weights[chosen], axis=0)
         return louis_information(terms_fn, theta, points.x[chosen], weights, blocks, work)[1]
 
-    def fisher() -> Array:
+    def fisher() -> Fisher:
         if points.score is not None:
             return fisher_information(points.score, log_weights[:, 0])
         chosen = some()
@@ -87,8 +87,12 @@ def surroundings(
         slopes = step_probe(target, like, theta, points, log_weights, blocks).slopes(step)
         return jnp.max(jax.vmap(weighted_variance, in_axes=1)(log_weights, slopes))
 
+    def kept(step: Array) -> Array:
+        probe = step_probe(target, like, theta, points, log_weights, blocks)
+        return jnp.min(kept_fraction(log_weights, probe.increments(step)))
+
     zero = jnp.zeros((), theta.dtype)
-    return Surroundings(jnp.zeros_like(theta), zero, information, fisher, spread=spread)
+    return Surroundings(jnp.zeros_like(theta), zero, information, fisher, spread=spread, kept=kept)
 
 
 def default_theta_step(

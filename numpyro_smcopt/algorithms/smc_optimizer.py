@@ -245,7 +245,8 @@ class SMCOptimizer(ParticleAlgorithm):
                 key_cloud, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
             )
             points = cloud.points
-            if self._carries_scores(num_particles, flat.size, blocks):
+            work, evaluations = target.work(theta), self.kernel.num_evaluations
+            if budget.carries_scores(num_particles, flat.size, blocks.num_blocks, work, evaluations):
                 points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
             finite = jnp.isfinite(blocks.sum_terms(points.terms) + blocks.sum_coordinates(points.grad))
             equal = uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype)
@@ -513,10 +514,6 @@ class SMCOptimizer(ParticleAlgorithm):
             return self.optim
         evaluations = self.kernel.num_evaluations
         return default_theta_step(self.objective, target, theta, num_particles, num_blocks, evaluations)
-
-    def _carries_scores(self, num_particles: int, num_params: int, blocks: Blocks) -> bool:
-        single = self.kernel.num_evaluations == 1
-        return single and blocks.num_blocks == 1 and num_particles * num_params <= budget.LARGEST_SCORES
 
     def _attached(self) -> Any:
         return self.objective.arrays

@@ -140,7 +140,9 @@ class Chains(Sampler):
             kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
             cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
             points = cloud.points
-            if self._carries_scores(target, theta, num, blocks):
+            _, flat, _ = flat_terms(target, theta)
+            evaluations = self.moves_per_update * self.kernel.num_evaluations
+            if budget.carries_scores(num, flat.size, blocks.num_blocks, target.work(theta), evaluations):
                 points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
             zero = jnp.zeros((), points.x.dtype)
             known = starts_from_prior(target, self.init_strategy)
@@ -279,11 +281,6 @@ class Chains(Sampler):
     def size(self, particles: ChainState) -> int:
         """See `Sampler.size`."""
         return particles.log_weights.shape[0]
-
-    def _carries_scores(self, target: Target, theta: Theta, num: int, blocks: Blocks) -> bool:
-        num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(theta))
-        single = self.moves_per_update * self.kernel.num_evaluations == 1
-        return single and blocks.num_blocks == 1 and num * num_params <= budget.LARGEST_SCORES
 
 
 def _without_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, Array]:

@@ -271,8 +271,12 @@ def _depend_on(variable: Any, program: Any) -> list[bool]:
 
 
 def _elements(program: Any) -> int:
-    total = 0
-    for equation in program.eqns:
+    """How many array elements a program computes on the way to its results."""
+    total, needed = 0, set(map(id, program.outvars))
+    for equation in reversed(program.eqns):
+        if needed.isdisjoint(map(id, equation.outvars)):
+            continue  # the value with which a param site is declared, say
+        needed.update(map(id, equation.invars))
         inner = [
             v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
         ]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.uncertainty import Information
+from numpyro_smcopt.uncertainty import Fisher, Information
 
 
 def _unknown(*arguments: Any) -> Any:
@@ -31,9 +31,10 @@ class Surroundings(NamedTuple):
         gradient: [P] estimate of the gradient of the loss.
         loss: [] estimate of the loss.
         information: () -> complete and missing information.
-        fisher: () -> [P, P] Fisher information of ``pi_theta``.
+        fisher: () -> Fisher information of ``pi_theta``.
         curvature: [] of the loss, relative to ``fisher``: a guess from above.
         spread: ``step [P] -> []``, the variance over the particles of the change of energy that a step makes.
+        kept: ``step [P] -> []``, the fraction of effective particles that a step leaves; not to first order.
         elapsed: [] how long the particles moved since the last step, in units of their own time.
         admit: ``step [P] -> [P]``, what is to be taken of a step, after all that shortens it from outside.
     """
@@ -41,9 +42,10 @@ class Surroundings(NamedTuple):
     gradient: Array
     loss: Array
     information: Callable[[], Information] = _unknown
-    fisher: Callable[[], Array] = _unknown
+    fisher: Callable[[], Fisher] = _unknown
     curvature: Array | float = 1.0
     spread: Callable[[Array], Array] = _unknown
+    kept: Callable[[Array], Array] = _unknown
     elapsed: Array | float = 0.0
     admit: Callable[[Array], Array] = lambda step: step
 

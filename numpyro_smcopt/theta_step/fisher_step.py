@@ -5,16 +5,25 @@
     theta' = theta - (gain / curvature) G^-1 g,      G = Cov_pi( grad_theta U )
 
 It knows the units of the parameters from the Fisher information ``G`` and those of the loss from its ``curvature``
-relative to ``G``. Gain, length and average follow the rules of `theta_step.base`. Source: Amari 1998.
+relative to ``G``. ``G`` is that of the particles: in units of its diagonal its eigenvalues are uncertain by about
+``P / N``, and where there are more parameters than particles, they see no more than a part of it. That much is added to
+the diagonal, in the step and in what bounds its length. A coordinate on which the law does not depend stays. What a
+step leaves of the effective particles is tried before it is made, for a network is linear over short distances only.
+Gain, length and average follow the rules of `theta_step.base`. Source: Amari 1998.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from numpyro_smcopt.theta_step.base import Surroundings, averaged, gain, shortened
 from numpyro_smcopt.types import Array
+
+TOLERANCE = 1.5  # the power of ``target_ess`` that a step may come to; to first order it is one
+SHORT = 0.1  # share of the variance that a step may have, below which it is not tried
+MOST_HALVINGS = 12
 
 
 class FisherState(NamedTuple):
@@ -41,7 +50,7 @@ class FisherStep:
 
     Args:
         target_ess: Fraction of effective particles that a step of theta may cost, to first order.
-        floor: Smallest eigenvalue of the Fisher information in units of its diagonal.
+        floor: Smallest eigenvalue of the Fisher information in units of its diagonal; ``P / N`` is added.
         forgetting: Smallest weight of the newest Fisher information in the running mean.
         patience: Reversals after which the gain starts to fall.
     """
@@ -60,12 +69,15 @@ class FisherStep:
         """See `ThetaStep.update`."""
         # Metric
         newest, weight = around.fisher(), jnp.maximum(1.0 / (state.num_updates + 1), self.forgetting)
-        usable = jnp.all(jnp.isfinite(newest))
-        fisher = jnp.where(usable, state.fisher + weight.astype(theta.dtype) * (newest - state.fisher), state.fisher)
+        usable = jnp.all(jnp.isfinite(newest.matrix))
+        mixed = state.fisher + weight.astype(theta.dtype) * (newest.matrix - state.fisher)
+        fisher = jnp.where(usable, mixed, state.fisher)
+        known = (jnp.diag(newest.matrix) > 0) & (jnp.diag(fisher) > 0)
+        ridge = (self.floor + theta.shape[0] / newest.draws).astype(theta.dtype)
 
         # Direction
-        scale = 1 / jnp.sqrt(jnp.maximum(jnp.diag(fisher), 1e-30))
-        metric = fisher * scale[:, None] * scale + self.floor * jnp.eye(len(scale), dtype=theta.dtype)
+        scale = jnp.where(known, 1 / jnp.sqrt(jnp.where(known, jnp.diag(fisher), 1.0)), 0.0)
+        metric = fisher * scale[:, None] * scale + jnp.diag(jnp.where(known, ridge, 1.0))
         natural = scale * jnp.linalg.solve(metric, scale * around.gradient)
         direction = -natural / jnp.maximum(around.curvature, 1e-30)
         direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
@@ -75,9 +87,26 @@ class FisherStep:
         step = gain(reversals, self.patience).astype(theta.dtype) * direction
 
         # Length and average
-        theta = theta + around.admit(shortened(step, step @ fisher @ step, self.target_ess))
+        spread = step @ fisher @ step + ridge * (step**2 @ jnp.diag(fisher))
+        step = shortened(step, spread, self.target_ess)
+        step = self._tried(step, spread, around)
+        theta = theta + around.admit(step)
         average = averaged(state.average, theta, reversals)
         return theta, FisherState(state.num_updates + 1, reversals, fisher, direction, average)
+
+    def _tried(self, step: Array, spread: Array, around: Surroundings) -> Array:
+        """The step, halved until it leaves what it should. Short steps do, and are not tried."""
+
+        def goes_on(carry: tuple[Array, Array]) -> Array:
+            halvings, step = carry
+            return (halvings < MOST_HALVINGS) & (around.kept(step) < self.target_ess**TOLERANCE)
+
+        def halve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            return carry[0] + 1, carry[1] / 2
+
+        long = spread > -SHORT * jnp.log(self.target_ess)
+        start = jnp.where(long, 0, MOST_HALVINGS), step
+        return lax.while_loop(goes_on, halve, start)[1]
 
     def estimate(self, state: FisherState, theta: Array) -> Array:
         """See `ThetaStep.estimate`."""
