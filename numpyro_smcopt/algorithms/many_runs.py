@@ -4,18 +4,21 @@
 
 Each run starts by itself, on the host, because a start looks for blocks, walks towards a maximum and may be refused.
 From there on the states have a leading axis, and one program makes an update of all of them. The partition of the
-latents, which belongs to the model and not to a run, is shared: gathers along it are many times slower where every run
-has its own.
+latents, which belongs to the model and not to a run, is shared.
+
+On a CPU the program takes the runs in turn: below `jax.vmap` every `lax.cond` computes both sides, so that an update of
+four runs cost 5 to 6.5 times that of one (measured on three models), instead of 4.1. Accelerators get `jax.vmap`.
 """
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
+from jax import lax, random
 
 from numpyro_smcopt import effects, loop
 from numpyro_smcopt.algorithms import faults
@@ -131,9 +134,14 @@ def _program(algorithm: Any) -> Program:
             state, record = algorithm._recorded_step(target, state._replace(blocks=blocks))
             return state._replace(blocks=None), record
 
-        return loop.chunk(jax.vmap(one), states, num)
+        return loop.chunk(partial(lax.map, one) if _in_turn() else jax.vmap(one), states, num)
 
     return algorithm._program("many runs", advance, keep=not effects.handlers_are_active())
+
+
+def _in_turn() -> bool:
+    """Whether the runs make their updates one after the other."""
+    return jax.default_backend() == "cpu"
 
 
 def _split_params(algorithm: Any, plan: Plan, rng_key: Array, init_params: Params | None) -> list[Params]:

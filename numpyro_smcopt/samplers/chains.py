@@ -294,9 +294,9 @@ def _without_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, A
         donors = jnp.take_along_axis(jnp.argsort(~sound, 0, stable=True), own % jnp.maximum(num_sound, 1), 0)
         found, nobody = gather(points, jnp.where(sound, own, donors), blocks), num_sound == 0
         of_x, of_term = blocks.to_coordinates(nobody), blocks.to_terms(nobody, jnp.all(nobody)[None])
-        score = None
-        if found.score is not None and before.score is not None:
-            score = jnp.where(nobody, before.score, found.score)
+        score = found.score
+        if score is not None and before.score is not None:
+            score = jnp.where(nobody, before.score, score)
         return Point(
             jnp.where(of_x, before.x, found.x),
             jnp.where(of_term, before.terms, found.terms),
