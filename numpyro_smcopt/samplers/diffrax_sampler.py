@@ -39,6 +39,7 @@ from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 
 STEPS = 100  # by default
+FINEST = 2.0**-20  # of the time: how finely adaptive steps may look at the Brownian motion
 
 
 class Seeds(NamedTuple):
@@ -64,14 +65,14 @@ class DiffraxSampler(Sampler):
         initial: The law of ``Y_0``: a NumPyro distribution of one particle, or a function ``rng_key -> y``.
         noise_scale: ``sigma``: a positive number, or a function of time.
         solver: A diffrax solver for additive noise; by default `diffrax.SRA1`, of strong order 3/2.
-        dt0: The first step; by default a hundredth of the time.
+        dt0: The first step; by default a hundredth of the time. `diffrax.StepTo` knows its steps and takes none.
         stepsize_controller: Adaptive or constant steps.
         adjoint: How diffrax differentiates; by default with checkpoints.
         max_steps: The most steps of a path.
 
     Raises:
         TypeError: If ``initial`` draws nothing.
-        ValueError: If time does not run forwards.
+        ValueError: If time does not run forwards, or a step is given that cannot be used.
     """
 
     t0: float
@@ -91,6 +92,8 @@ class DiffraxSampler(Sampler):
             raise ValueError(f"t0 must come before t1, got t0={self.t0!r} and t1={self.t1!r}.")
         if self.dt0 is not None and not self.dt0 > 0:
             raise ValueError(f"dt0 must be positive, got {self.dt0!r}.")
+        if self.dt0 is not None and isinstance(self.stepsize_controller, diffrax.StepTo):
+            raise ValueError(f"dt0 is {self.dt0!r}, but stepsize_controller=StepTo(ts) knows its steps: leave dt0 out.")
         if not callable(self.noise_scale) and not self.noise_scale > 0:
             raise ValueError(f"noise_scale must be positive or a function of time, got {self.noise_scale!r}.")
         check_initial(self.initial)
@@ -185,7 +188,7 @@ class DiffraxSampler(Sampler):
         key_start, key_noise = random.split(rng_key)
         y = draw_initial(self.initial, key_start)
         scale = self.noise_scale if callable(self.noise_scale) else lambda t: jnp.asarray(self.noise_scale, y.dtype)
-        first = (self.t1 - self.t0) / STEPS if self.dt0 is None else self.dt0
+        first, resolution = self._steps()
 
         def moved(t: Any, state: tuple[Array, Array], theta: Theta) -> tuple[Array, Array]:
             velocity = drift(theta, t, state[0])
@@ -201,7 +204,7 @@ class DiffraxSampler(Sampler):
         needs = getattr(self.solver, "minimal_levy_area", diffrax.BrownianIncrement)
         areas = (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, diffrax.SpaceTimeTimeLevyArea)
         levy_area = next(area for area in areas if issubclass(area, needs))
-        brownian = diffrax.VirtualBrownianTree(self.t0, self.t1, first / 2, shape, key_noise, levy_area)
+        brownian = diffrax.VirtualBrownianTree(self.t0, self.t1, resolution, shape, key_noise, levy_area)
         solution = diffrax.diffeqsolve(
             diffrax.MultiTerm(diffrax.ODETerm(moved), diffrax.ControlTerm(spread, brownian)),
             self.solver,
@@ -216,3 +219,11 @@ class DiffraxSampler(Sampler):
         )
         end, cost = solution.ys
         return end[-1], cost[-1]
+
+    def _steps(self) -> tuple[float | None, Any]:
+        """The first step, and how finely the Brownian motion is known: more finely than any step."""
+        if isinstance(self.stepsize_controller, diffrax.StepTo):
+            return None, jnp.min(jnp.diff(self.stepsize_controller.ts)) / 2
+        first = (self.t1 - self.t0) / STEPS if self.dt0 is None else self.dt0
+        constant = isinstance(self.stepsize_controller, diffrax.ConstantStepSize)
+        return first, first / 2 if constant else min(first / 2, FINEST * (self.t1 - self.t0))
