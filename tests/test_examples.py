@@ -29,3 +29,17 @@ def test_example_prints_its_table_and_draws_its_figure(name, tmp_path):
         row = rf"^{re.escape(label)} +(\S+) +(\S+)$"
         estimate, published = map(float, re.search(row, done.stdout, re.MULTILINE).groups())
         assert abs(estimate) < 1e6 and abs(published) < 1e6
+
+
+def test_generator_compares_its_methods_and_draws_them(tmp_path):
+    figure = tmp_path / "generator.png"
+    sizes = ["--passes", "560", "--num-training", "24", "--num-test", "4", "--num-draws", "1"]
+    done = run_python(
+        "examples/generator.py", *sizes, "--methods", "momentum", "persistent", "autoencoder", "--output", str(figure)
+    )
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    for method in ("momentum", "persistent", "autoencoder"):
+        row = re.search(rf"^{method} +\d+ +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE)
+        error, log_likelihood, _ = map(float, row.groups())
+        assert 0 < error < 1 and abs(log_likelihood) < 1e6
