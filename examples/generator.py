@@ -8,13 +8,14 @@ The decoder has one hidden layer of 64 units; its 4864 weights and the noise are
 are integrated out. All methods start at the same weights and get the same number of *passes*: forward and backward
 through the decoder for one image and one particle, in whatever variables.
 
-    momentum       MomentumParticleMLE(model), nothing given: two passes per particle and update, at two thetas
+    momentum       MomentumParticleMLE, nothing given but 5 particles: two passes per particle and update, at two thetas
+    tuned          the same with a learning rate that was chosen like those of the others
     gradient       the same without momentum in either block: one pass per particle and update, since both share it
     short run      a chain per image that starts at the prior in every update: 20 Langevin steps; 21 passes
     persistent     alternating back-propagation: 10 Langevin steps from where the chain was; 11 passes
     autoencoder    numpyro.infer.SVI: one pass through the decoder and one through an encoder of the same size
 
-Learning rates and step sizes were chosen on 200 images out of the 1500 (`--tune` prints how): three values of each.
+Learning rates and step sizes were chosen on 200 images out of the 1500 (`--tune` prints them): three values of each.
 The same program samples the latents of held-out images for everybody, theta being fixed: `log_evidence`, which also
 estimates their log likelihood. The last line is the best linear decoder, exactly (probabilistic PCA).
 """
@@ -45,7 +46,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_PIXELS, NUM_HIDDEN, NUM_LATENTS = 64, 64, 10
-NUM_TRAINING, NUM_VALIDATION = 1500, 200
+NUM_TRAINING, NUM_VALIDATION, SHOWN = 1500, 200, 12
+START = 104  # passes per particle: nine stages of tempering bring the first particles from the prior to the posterior
 CANDIDATES = {"latent_step": (0.003, 0.01, 0.03), "rate": (0.003, 0.01, 0.03)}  # tried in this order
 
 
@@ -95,7 +97,7 @@ def particles(images, passes, momentum=True, rate=None, num_particles=5):
     options = {} if momentum else {"momentum": 0.0, "latent_momentum": 0.0, "simultaneous": True}
     if rate is not None:
         options |= {"step_size": rate, "preconditioner": optax.scale_by_adam(b1=0.0, b2=0.99)}
-    num_updates = passes // ((2 if momentum else 1) * num_particles)
+    num_updates = (passes // num_particles - START) // (2 if momentum else 1)
     optimizer = MomentumParticleMLE(model, num_particles=num_particles, **options)
     result = optimizer.run(random.key(0), num_updates, images, init_params=first_params(images), progress_bar=False)
     return result.params
@@ -137,11 +139,12 @@ def autoencoder(images, passes, rate):
 
 
 METHODS = {
-    "momentum": (particles, {"rate": 0.01}),
-    "gradient": (partial(particles, momentum=False), {"rate": 0.01}),
-    "short run": (partial(chains, persistent=False), {"rate": 0.01, "latent_step": 0.01}),
-    "persistent": (partial(chains, persistent=True), {"rate": 0.01, "latent_step": 0.01}),
-    "autoencoder": (autoencoder, {"rate": 0.01}),
+    "momentum": (particles, {}),
+    "momentum, tuned": (particles, {"rate": 0.03}),
+    "gradient": (partial(particles, momentum=False), {"rate": 0.003}),
+    "short run": (partial(chains, persistent=False), {"latent_step": 0.03, "rate": 0.01}),
+    "persistent": (partial(chains, persistent=True), {"latent_step": 0.003, "rate": 0.01}),
+    "autoencoder": (autoencoder, {"rate": 0.03}),
 }
 
 
@@ -174,7 +177,7 @@ def tune(images, passes, num_draws, methods):
             for value in values if number in settings else ():
                 tried = settings | {number: value}
                 results[value], error, rmse, _ = test(train(training, passes, **tried), validation, num_draws)
-                print(f"{name:<14}{tried!s:<42}{results[value]:>9.2f} +- {error:.2f}{rmse:>9.4f}", flush=True)
+                print(f"{name:<17}{tried!s:<42}{results[value]:>9.2f} +- {error:.2f}{rmse:>9.4f}", flush=True)
             if results:
                 settings = settings | {number: max(results, key=results.get)}
 
@@ -182,7 +185,7 @@ def tune(images, passes, num_draws, methods):
 def draw(samples, reconstructions, path):
     """Samples on the left, reconstructions on the right; a row of images per entry."""
     panels = {"samples": samples, "reconstructions of held-out images": reconstructions}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.4 * len(samples) + 0.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(samples) + 0.4), layout="constrained")
     for axis, (title, rows) in zip(axes, panels.items(), strict=True):
         squares = [np.pad(np.reshape(row, (-1, 8, 8)), ((0, 0), (1, 1), (1, 1))) for row in rows.values()]
         axis.imshow(np.concatenate([np.concatenate(list(row), 1) for row in squares]), cmap="gray_r", vmin=0, vmax=1)
@@ -190,7 +193,7 @@ def draw(samples, reconstructions, path):
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"\nFigure: {path}")
 
@@ -206,6 +209,8 @@ def main():
     parser.add_argument("--tune", action="store_true", help="choose learning rates and step sizes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "generator.png")
     args = parser.parse_args()
+    if args.passes < 5 * (START + 2):
+        parser.error(f"--passes must be at least {5 * (START + 2)}: the start of five particles and one update.")
     images = (load_digits().data / 16).astype(np.float32)
     images = images[np.random.default_rng(0).permutation(len(images))]
     training, held_out = images[: args.num_training], images[NUM_TRAINING:][: args.num_test]
@@ -213,19 +218,19 @@ def main():
         tune(training, args.passes, args.num_draws, args.methods)
         return
 
-    print(f"{'':<14}{'seconds':>8}{'rmse':>9}{'log lik.':>10}{'error':>8}")
-    samples, reconstructions = {"data": training[:16]}, {"held out": held_out[:16]}
+    print(f"{'':<17}{'seconds':>8}{'rmse':>9}{'log lik.':>10}{'error':>8}")
+    samples, reconstructions = {"data": training[:SHOWN]}, {"held out": held_out[:SHOWN]}
     for name in args.methods:
         train, settings = METHODS[name]
         start = time.perf_counter()
         params = jax.block_until_ready(train(training, args.passes, **settings))
         seconds = time.perf_counter() - start
         value, error, rmse, mean = test(params, held_out, args.num_draws)
-        print(f"{name:<14}{seconds:>8.0f}{rmse:>9.4f}{value:>10.2f}{error:>8.2f}", flush=True)
-        samples[name] = decoded(params, random.normal(random.key(3), (16, NUM_LATENTS)))
-        reconstructions[name] = mean[:16]
+        print(f"{name:<17}{seconds:>8.0f}{rmse:>9.4f}{value:>10.2f}{error:>8.3f}", flush=True)
+        samples[name] = decoded(params, random.normal(random.key(3), (SHOWN, NUM_LATENTS)))
+        reconstructions[name] = mean[:SHOWN]
     value, rmse = linear(training, held_out)
-    print(f"{'linear':<14}{'':>8}{rmse:>9.4f}{value:>10.2f}")
+    print(f"{'linear':<17}{'':>8}{rmse:>9.4f}{value:>10.2f}")
     draw(samples, reconstructions, args.output)
 
 

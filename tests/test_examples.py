@@ -92,3 +92,17 @@ def test_energy_based_model_is_trained_and_tuned(tmp_path):
     tuned = done.stdout[done.stdout.index("tuning") :]
     reward, _, divergence, objective, gap = numbers_after(f"{'SMCOptimizer':<20}", tuned)[1:6]
     assert abs(reward - divergence - objective) < 2e-4 and -1e-4 < gap < 0.2
+
+
+def test_generator_compares_its_methods_and_draws_them(tmp_path):
+    figure = tmp_path / "generator.png"
+    sizes = ["--passes", "560", "--num-training", "24", "--num-test", "4", "--num-draws", "1"]
+    done = run_python(
+        "examples/generator.py", *sizes, "--methods", "momentum", "persistent", "autoencoder", "--output", str(figure)
+    )
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    for method in ("momentum", "persistent", "autoencoder"):
+        row = re.search(rf"^{method} +\d+ +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE)
+        error, log_likelihood, _ = map(float, row.groups())
+        assert 0 < error < 1 and abs(log_likelihood) < 1e6

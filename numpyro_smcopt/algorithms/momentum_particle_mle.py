@@ -18,6 +18,7 @@ The particles approximate the posterior at theta; they are not weighted, and not
 Source: Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024, arXiv 2312.07335.
 """
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +83,8 @@ from numpyro_smcopt.theta_momentum import (
 from numpyro_smcopt.types import Array, Model, Params, Theta
 from numpyro_smcopt.weights import uniform_log_weights
 
+BIAS_TOLERANCE = 0.05
+BIAS_TOLERANCE_OF_LARGE_THETA = 0.15  # the particles have to keep up with theta: being late costs more than the bias
 DEFAULT_MOMENTUM = 0.9  # where the damping is not chosen from the information
 LARGEST_LOSS = 0.25  # share of the particles, block by block, that may meet a potential that is not finite
 SETTLED = 100  # updates after which the estimated bias is worth a warning
@@ -180,7 +183,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         restart: Whether theta drops its velocity where it leads uphill beyond the noise of the gradient.
         averaging: The estimate averages the iterates with weights that grow like this power of their number; None for
             the last iterate.
-        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause.
+        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause; by
+            default 0.05, or 0.15 where theta has more than 500 coordinates.
         init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for the first particles.
         partition: How independent blocks are found.
         handlers: NumPyro handlers that see the ``smcopt/...`` sites of every update.
@@ -233,7 +237,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         kernel: VelocityKernel | None = None,
         restart: bool = False,
         averaging: float | None = 7.0,
-        bias_tolerance: float = 0.05,
+        bias_tolerance: float | None = None,
         init_strategy: Callable | None = None,
         partition: Partition = find_blocks,
         handlers: Sequence[Any] = (),
@@ -260,7 +264,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             raise ValueError(
                 f"averaging must be a power of at least 0, or None for the last iterate, got {averaging!r}."
             )
-        if not 0 < bias_tolerance < 1:
+        if bias_tolerance is not None and not 0 < bias_tolerance < 1:
             raise ValueError(f"bias_tolerance is a relative bias within (0, 1), got {bias_tolerance!r}.")
         self.step_size, self.damping = two_numbers("", step_size, momentum, gamma, eta, time_step)
         self.latent_step_size, self.latent_damping = two_numbers(
@@ -286,8 +290,13 @@ class MomentumParticleMLE(ParticleAlgorithm):
         if preconditioning is None:
             given = self.latent_step_size is not None
             preconditioning = preconditioners.none if given else preconditioners.dense
+        self.bias_tolerance = bias_tolerance
         self._latents = LatentStep(
-            kernel or Underdamped(), self.latent_step_size, self.latent_damping, preconditioning, bias_tolerance
+            kernel or Underdamped(),
+            self.latent_step_size,
+            self.latent_damping,
+            preconditioning,
+            bias_tolerance or BIAS_TOLERANCE,
         )
 
     _state_type = MomentumState
@@ -454,10 +463,13 @@ class MomentumParticleMLE(ParticleAlgorithm):
         alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
         replaced = partial(_replaced, alive, state.blocks, state.points.x)
         moved = lax.cond(jnp.all(alive), lambda moved: moved, replaced, moved)
-        cloud = self._latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
+        latents = self._latents
+        if self.bias_tolerance is None and not _information_is_affordable(state.theta):
+            latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
+        cloud = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
 
         refused = (~sound).astype(jnp.int32)
-        own = {"num_refused": refused} | step.diagnose(motion, going) | self._latents.diagnose(cloud, latent_going)
+        own = {"num_refused": refused} | step.diagnose(motion, going) | latents.diagnose(cloud, latent_going)
         diagnostics = _diagnostics(
             jnp.mean(moved.acceptance),
             jnp.linalg.norm(jnp.where(jnp.isfinite(around.gradient), around.gradient, 0.0)),
