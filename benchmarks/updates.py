@@ -6,7 +6,9 @@
 
 Both sides run inside one compiled loop. The bare side is `jax.vmap(jax.value_and_grad(potential))` of all particles,
 in the latents alone and in latents and parameters (an update needs both gradients). One block, plain SGD, no
-adaptation: the paper's algorithm. ULA evaluates once per update, MALA twice.
+adaptation: the paper's algorithm. ULA evaluates once per update, MALA twice. A move also needs a normal number per
+coordinate, which costs more than so cheap a potential: "noise" is the time to draw them, by the same function, and the
+last ratios are over what a move cannot do without: one bare evaluation and the noise (ULA), or two and the noise (MALA).
 """
 
 import argparse
@@ -25,6 +27,7 @@ from numpyro.distributions import constraints
 
 from numpyro_smcopt import SMCOptimizer, one_block
 from numpyro_smcopt.kernels import MALA, ULA, Preconditioning
+from numpyro_smcopt.noise import draw_noise
 from numpyro_smcopt.target import make_target
 
 SIZES = [(n, d) for n in (100, 1_000, 10_000) for d in (10, 100, 1_000)]
@@ -72,6 +75,17 @@ def bare(y, x, theta, steps, both):
     return lambda: loop(y, x, theta)
 
 
+def noise(x, steps):
+    """A compiled loop that draws the normal numbers of ``steps`` moves."""
+
+    @jax.jit
+    def loop(x):
+        draw = lambda k, x: x + draw_noise(random.fold_in(random.key(0), k), x, 0).normal  # noqa: E731
+        return lax.fori_loop(0, steps, draw, x)
+
+    return lambda: loop(x)
+
+
 def updates(kernel, y, num_particles, steps):
     """The optimiser and a call that makes ``steps`` updates from a fixed state, without a bar."""
     optimizer = SMCOptimizer(
@@ -90,7 +104,8 @@ def main():
     warnings.simplefilter("ignore", UserWarning)  # frozen steps sizes are the point here
     plain = Preconditioning(forgetting=0.0)
     print(f"{'particles':>10}{'latents':>9}{'bare ms':>10}{'ULA/bare':>10}{'MALA/bare':>10}", end="")
-    print(f"{'ULA/both':>10}{'MALA/both':>10}{'compile s: ULA':>16}{'MALA':>8}")
+    print(f"{'ULA/both':>10}{'MALA/both':>10}{'noise ms':>10}{'ULA/(b+n)':>11}{'MALA/(2b+n)':>13}", end="")
+    print(f"{'compile s: ULA':>16}{'MALA':>8}")
     for num_particles, num_latents in SIZES:
         y = np.random.default_rng(0).standard_normal(num_latents).astype(np.float32)
         row, first, state = {}, {}, None
@@ -103,10 +118,12 @@ def main():
         x, theta = state.points.x, state.theta
         latents, _ = best_of(args.repeats, bare(y, x, theta, args.steps, both=False))
         both, _ = best_of(args.repeats, bare(y, x, theta, args.steps, both=True))
+        drawing, _ = best_of(args.repeats, noise(x, args.steps))
         print(
             f"{num_particles:>10}{num_latents:>9}{1e3 * latents / args.steps:>10.3f}{row['ULA'] / latents:>10.2f}"
             f"{row['MALA'] / latents:>10.2f}{row['ULA'] / both:>10.2f}{row['MALA'] / both:>10.2f}"
-            f"{first['ULA']:>16.1f}{first['MALA']:>8.1f}",
+            f"{1e3 * drawing / args.steps:>10.3f}{row['ULA'] / (latents + drawing):>11.2f}"
+            f"{row['MALA'] / (2 * latents + drawing):>13.2f}{first['ULA']:>16.1f}{first['MALA']:>8.1f}",
             flush=True,
         )
 
