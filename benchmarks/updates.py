@@ -8,7 +8,7 @@ Both sides run inside one compiled loop. The bare side is `jax.vmap(jax.value_an
 in the latents alone and in latents and parameters (an update needs both gradients). One block, plain SGD, no
 adaptation: the paper's algorithm. ULA evaluates once per update, MALA twice. A move also needs a normal number per
 coordinate, which costs more than so cheap a potential: "noise" is the time to draw them, by the same function, and the
-last ratios are over what a move cannot do without: one bare evaluation and the noise (ULA), or two and the noise (MALA).
+last ratios are over what a move cannot do without: one evaluation and the noise (ULA), or two and the noise (MALA).
 """
 
 import argparse
