@@ -247,7 +247,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         super().__init__(model, handlers, static_kwargs)
         num_particles = whole_or_none("num_particles", num_particles)
         check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
-        check_number("bias_tolerance", bias_tolerance)
+        if bias_tolerance is not None:
+            check_number("bias_tolerance", bias_tolerance)
         if averaging is not None:
             check_number("averaging", averaging)
         if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
