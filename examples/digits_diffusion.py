@@ -249,7 +249,7 @@ def main():
     accuracies = [classifier.score(held_out, labels_held_out) for classifier in (digits.machine, digits.trees)]
     print("accuracy on digits held out: support vector machine {:.3f}, trees {:.3f}".format(*accuracies))
 
-    pretrained = pretrain(jnp.asarray(images), args.pretraining_steps)
+    pretrained = jax.block_until_ready(pretrain(jnp.asarray(images), args.pretraining_steps))
     print(f"pretrained after {clock()}\n\n{'':<24}" + "".join(f"{heading:>9}" for heading in HEADINGS))
     mixed = np.random.default_rng(1).permuted(images, axis=0)
     for name, these in (("digits held out", held_out), ("pixels mixed", mixed[: args.num_judged])):
