@@ -317,6 +317,19 @@ def test_a_chosen_latent_step_keeps_the_bias_within_tolerance(kernel):
         assert np.all(result.diagnostics["latent_bias"] == 0)
 
 
+@pytest.mark.parametrize(("num_params", "tolerance"), [(2, 0.05), (501, 0.15)])
+def test_the_default_bias_tolerance_is_larger_where_theta_is(num_params, tolerance):
+    def many(y):
+        mean = jnp.mean(numpyro.param("means", jnp.zeros(num_params)))
+        with numpyro.plate("data", len(y)):
+            x = numpyro.sample("x", dist.Normal(mean, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    optimizer = MomentumParticleMLE(many, step_size=0.05, momentum=0.5, num_particles=500)
+    bias = run(optimizer, 200, Y).diagnostics["latent_bias"][100:]  # of the worst block, estimated from 500 particles
+    np.testing.assert_allclose(np.median(bias), tolerance, rtol=0.1)
+
+
 def test_preconditioning_is_shared_by_the_particles_and_follows_their_spread():
     def scaled(y):
         theta = numpyro.param("theta", 0.0)
