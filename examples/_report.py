@@ -12,7 +12,6 @@ import numpy as np
 from numpyro_smcopt import plots
 
 EXAMPLES = Path(__file__).parent
-TAIL = 0.25  # the last quarter of the iterations, where the estimate has settled
 
 
 def parse_options(name, description):
@@ -32,13 +31,14 @@ def read_csv(name):
     return dict(zip(header.split(","), columns, strict=True))
 
 
-def print_table(result, published, log_likelihood, source):
-    """Print the estimate beside the `published` one, and the running log likelihood beside the published maximum."""
+def print_table(report, published, log_likelihood, source):
+    """Print the estimate and the log likelihood there beside the `published` ones, then the whole report."""
     width = len(source) + 4
     print(f"\n{'':<16}{'estimate':>12}{source:>{width}}")
     for label, name, index in _scalars(published):
-        print(f"{label:<16}{result.params[name][index]:>12.3f}{np.asarray(published[name])[index]:>{width}.3f}")
-    print(f"{'log likelihood':<16}{_tail_mean(-result.losses):>12.2f}{log_likelihood:>{width}.2f}")
+        print(f"{label:<16}{report.params[name][index]:>12.3f}{np.asarray(published[name])[index]:>{width}.3f}")
+    print(f"{'log likelihood':<16}{report.log_evidence:>12.2f}{log_likelihood:>{width}.2f}")
+    report.print_summary()
 
 
 def draw(result, published, log_likelihood, source, title, path):
@@ -58,9 +58,3 @@ def _scalars(published):
         for name, value in published.items()
         for index in np.ndindex(np.shape(value))
     ]
-
-
-def _tail_mean(values):
-    """Mean over the last iterations."""
-    values = np.asarray(values)
-    return values[-max(1, round(TAIL * len(values))) :].mean()

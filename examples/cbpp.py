@@ -61,7 +61,7 @@ def main():
 
     print(f"\ncbpp: {options.num_steps} iterations in {seconds:.1f} s with compilation, {result.status}")
     source = "lme4, quadrature"
-    print_table(result, PUBLISHED, QUADRATURE_LOG_LIKELIHOOD, source)
+    print_table(optimizer.summarize(random.key(1), result.state), PUBLISHED, QUADRATURE_LOG_LIKELIHOOD, source)
     draw(result, PUBLISHED, QUADRATURE_LOG_LIKELIHOOD, source, "cbpp: binomial mixed model", options.output)
 
 

@@ -55,7 +55,7 @@ def main():
 
     print(f"\nsleepstudy: {options.num_steps} iterations in {seconds:.1f} s with compilation, {result.status}")
     source = "lme4, maximum likelihood"
-    print_table(result, PUBLISHED, PUBLISHED_LOG_LIKELIHOOD, source)
+    print_table(optimizer.summarize(random.key(1), result.state), PUBLISHED, PUBLISHED_LOG_LIKELIHOOD, source)
     draw(
         result, PUBLISHED, PUBLISHED_LOG_LIKELIHOOD, source, "sleepstudy: random intercepts and slopes", options.output
     )
