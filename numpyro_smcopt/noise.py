@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers for a whole cloud, from one call of the generator.
 
-The bits are those of `jax.random`. In single precision, where random numbers can cost more than the energies of the
-particles, bits become numbers ``x`` in (-1, 1), and these normals by a polynomial in ``-log(1 - x^2)``, without a table
-or a rejection: six times faster on a CPU than `jax.random.normal` mapped over keys. In double precision `jax.random`
-does it all.
+The keys and bits are those of `jax.random`, of which they are a copy without a loop: on a CPU `jax.random` goes over
+the whole array once per four rounds of its generator, and such a loop may cost more than all else in a small update.
+In single precision, where random numbers can cost more than the energies of the particles, bits become numbers ``x`` in
+(-1, 1), and these normals by a polynomial in ``-log(1 - x^2)``, without a table or a rejection. In double precision
+`jax.random` does it all.
 
-Source of the polynomial: Giles, "Approximating the erfinv function", GPU Computing Gems, 2012; relative error 3e-7.
+Sources: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Threefry, 20 rounds);
+Giles, "Approximating the erfinv function", GPU Computing Gems, 2012 (the polynomial; relative error 3e-7).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -20,6 +23,8 @@ from jax.scipy.special import ndtri
 from jax.typing import DTypeLike
 
 from numpyro_smcopt.types import Array
+
+ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
 
 # Coefficients of erfinv(x) / x in w - 2.5 where w = -log(1 - x^2) < 5, and in sqrt(w) - 3 beyond; highest power first.
 CENTRE = (
@@ -68,11 +73,46 @@ def draw_normals(rng_key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Ar
     return random.normal(rng_key, shape, dtype)
 
 
+def split(rng_key: Array, num: int) -> Array:
+    """The keys of `jax.random.split`."""
+    if not _is_threefry(rng_key) or not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+        return random.split(rng_key, num)
+    counts = lax.iota(jnp.uint32, num)
+    keys = jnp.stack(_threefry(random.key_data(rng_key), jnp.zeros_like(counts), counts), axis=1)
+    return random.wrap_key_data(keys) if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else keys
+
+
 def _bits(rng_key: Array, shape: tuple[int, ...]) -> Array:
-    # By default `jax.random` throws away half of what the generator computes, so that devices that share an array may
-    # each compute their part.
-    with jax.threefry_partitionable(False):
-        return random.bits(rng_key, shape, jnp.uint32)
+    """The bits of `jax.random.bits` without the option that an array may be computed by several devices in parts.
+
+    With that option, which is the default, half of what the generator computes would be thrown away.
+    """
+    size = math.prod(shape)
+    if not _is_threefry(rng_key) or size >= 2**32:
+        with jax.threefry_partitionable(False):
+            return random.bits(rng_key, shape, jnp.uint32)
+    half = (size + 1) // 2
+    counts = lax.iota(jnp.uint32, 2 * half)
+    counts = jnp.where(counts < size, counts, 0)  # an odd number is filled up with a zero
+    words = _threefry(random.key_data(rng_key), counts[:half], counts[half:])
+    return jnp.concatenate(words)[:size].reshape(shape)
+
+
+def _is_threefry(rng_key: Array) -> bool:
+    return str(random.key_impl(rng_key)) in ("fry", "threefry2x32")
+
+
+def _threefry(key: Array, first: Array, second: Array) -> tuple[Array, Array]:
+    """Two words of 32 bits from a key [2] and two counts, elementwise."""
+    keys = key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)
+    first, second = first + keys[0], second + keys[1]
+    for k in range(5):
+        for rotation in ROTATIONS[k % 2]:
+            first = first + second
+            second = (second << np.uint32(rotation)) | (second >> np.uint32(32 - rotation))
+            second = second ^ first
+        first, second = first + keys[(k + 1) % 3], second + keys[(k + 2) % 3] + np.uint32(k + 1)
+    return first, second
 
 
 def _between_one_and_two(bits: Array) -> Array:
