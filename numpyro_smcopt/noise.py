@@ -92,10 +92,11 @@ def _bits(rng_key: Array, shape: tuple[int, ...]) -> Array:
         with jax.threefry_partitionable(False):
             return random.bits(rng_key, shape, jnp.uint32)
     half = (size + 1) // 2
-    counts = lax.iota(jnp.uint32, 2 * half)
-    counts = jnp.where(counts < size, counts, 0)  # an odd number is filled up with a zero
-    words = _threefry(random.key_data(rng_key), counts[:half], counts[half:])
-    return jnp.concatenate(words)[:size].reshape(shape)
+    first = lax.iota(jnp.uint32, half)
+    second = first + np.uint32(half)
+    if size % 2:
+        second = jnp.where(second < size, second, 0)  # where `jax.random` fills up with a zero
+    return jnp.concatenate(_threefry(random.key_data(rng_key), first, second))[:size].reshape(shape)
 
 
 def _is_threefry(rng_key: Array) -> bool:

@@ -58,7 +58,7 @@ LAYERS = (
     {"kernels.preconditioners", "resampling", "effects", "sharding"},
     {"weights"},
     {"blocks"},
-    {"noise", "traces"},
+    {"noise", "traces", "branching"},
     {"types"},
 )
 

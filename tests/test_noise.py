@@ -42,3 +42,20 @@ def test_noise_is_normal_and_uniform_and_uncorrelated(dtype):
 
 def test_a_kernel_without_uniforms_gets_none():
     assert draw_noise(random.key(0), jnp.zeros((5, 3)), 0).uniform.shape == (5, 0)
+
+
+@pytest.mark.parametrize("key", [random.key, random.PRNGKey, lambda seed: random.key(seed, impl="rbg")])
+@pytest.mark.parametrize("shape", [(1,), (2,), (7, 3), (4, 8)])
+def test_bits_and_keys_are_those_of_jax(key, shape):
+    with jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(noise._bits(key(3), shape), random.bits(key(3), shape, jnp.uint32))
+    ours, theirs = noise.split(key(3), shape[0]), random.split(key(3), shape[0])
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(random.key_data(ours), random.key_data(theirs))
+
+
+@pytest.mark.parametrize("partitionable", [False, True])
+def test_keys_are_those_of_jax_with_either_option(partitionable):
+    with jax.threefry_partitionable(partitionable):
+        ours, theirs = (random.key_data(split(random.key(1), 3)) for split in (noise.split, random.split))
+    np.testing.assert_array_equal(ours, theirs)

@@ -28,6 +28,7 @@ from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
 from numpyro_smcopt.algorithms.programs import Program
 from numpyro_smcopt.algorithms.start import Rehearsal, Start
 from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.checkpoint import Saved, digest, restore, without_addresses
 from numpyro_smcopt.convergence import EarlyStop, look
 from numpyro_smcopt.kernels import HMC, InvariantKernel
@@ -190,15 +191,13 @@ class ParticleAlgorithm(abc.ABC):
     def _step_on_data(self, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]) -> Any:
         """`_step` after the state has adopted the data, if they are new to it."""
         _refuse_foreign(target, state)
-        state = jax.lax.cond(
-            fingerprint == state.fingerprint,
-            lambda state: state._replace(wrong_blocks=jnp.zeros_like(state.wrong_blocks)),
-            lambda state: self._adopt(target, state, fingerprint),
-            state,
-        )
+        state = state._replace(wrong_blocks=jnp.zeros_like(state.wrong_blocks))
+        adopt = lambda state: jax.tree.map(strong, self._adopt(target, state, fingerprint))  # noqa: E731
+        state = changed_if(fingerprint != state.fingerprint, adopt, state)
         # Under data that contradict the blocks nothing moves, so that right data may follow.
-        new = self._step(target, state, controls)
-        return jax.tree.map(lambda old, new: jnp.where(state.wrong_blocks, old, new), state, new)
+        return changed_if(
+            state.wrong_blocks, lambda _: state, jax.tree.map(strong, self._step(target, state, controls))
+        )
 
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """`update`, which already survives non-finite potentials and gradients; the name is SVI's."""

@@ -33,6 +33,7 @@ from numpyro_smcopt.algorithms.safeguards import next_caution
 from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
+from numpyro_smcopt.noise import split
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Assessed, Chains, Sampler
@@ -201,7 +202,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
 
     # -- update -------------------------------------------------------------------------------------------------------
     def _step(self, target: Target, state: ImplicitDiffusionState, controls: dict[str, Array]) -> Any:
-        next_key, key_advance, key_assess = random.split(state.rng_key, 3)
+        next_key, key_advance, key_assess = split(state.rng_key, 3)
         sampler, objective, assessed = self.sampler, self.objective, state.assessed
         flat, unravel = ravel_pytree(state.theta)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_smcopt.blocks import Blocks, dependence_violated
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.resampling import ResamplingScheme, systematic
 from numpyro_smcopt.target import Target, flat_terms
@@ -41,7 +42,7 @@ def revived(points: Point, log_weights: Array, blocks: Blocks) -> Point:
     dead = ~jnp.isfinite(log_weights)
     own = jnp.arange(log_weights.shape[0], dtype=jnp.int32)[:, None]
     ancestors = jnp.where(dead, jnp.argmax(log_weights, 0).astype(jnp.int32), own)
-    return jax.lax.cond(jnp.any(dead), lambda points: gather(points, ancestors, blocks), lambda points: points, points)
+    return changed_if(jnp.any(dead), lambda points: gather(points, ancestors, blocks), points)
 
 
 def resample_blocks(
@@ -70,14 +71,14 @@ def resample_blocks(
     num_particles, num_blocks = log_weights.shape
     low = ess < threshold * num_particles
 
-    def draw(points: Point) -> tuple[Point, Array]:
+    def draw(cloud: tuple[Point, Array]) -> tuple[Point, Array]:
+        points, log_weights = cloud
         drawn = jax.vmap(scheme, in_axes=(0, 1), out_axes=1)(rng_keys, log_weights)
         ancestors = jnp.where(low, drawn, jnp.arange(num_particles, dtype=drawn.dtype)[:, None])
         equal = uniform_log_weights(num_particles, num_blocks, log_weights.dtype)
         return gather(points, ancestors, blocks), jnp.where(low, equal, log_weights)
 
-    keep = lambda points: (points, log_weights)  # noqa: E731
-    points, log_weights = jax.lax.cond(jnp.any(low), draw, keep, points)
+    points, log_weights = changed_if(jnp.any(low), draw, (points, log_weights))
     return points, log_weights, jnp.sum(low, dtype=jnp.int32)
 
 

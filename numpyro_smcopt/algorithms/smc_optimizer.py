@@ -50,8 +50,9 @@ from numpyro_smcopt.algorithms.start import (
     warn_of_unfinished,
 )
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Step, WeightedKernel
-from numpyro_smcopt.noise import Noise, draw_noise
+from numpyro_smcopt.noise import Noise, draw_noise, split
 from numpyro_smcopt.objectives import (
     Cloud,
     Estimate,
@@ -291,7 +292,7 @@ class SMCOptimizer(ParticleAlgorithm):
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
         num_particles, num_blocks = state.log_weights.shape
         blocks, step = state.blocks, state.step._replace(size=controls["step_size"])
-        keys = random.split(state.rng_key, 2 + num_blocks)
+        keys = split(state.rng_key, 2 + num_blocks)
         num_uniforms = self.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
         noise = draw_noise(keys[1], state.points.x, num_uniforms)
         _, flat, unravel = flat_terms(target, state.theta)
@@ -364,8 +365,7 @@ class SMCOptimizer(ParticleAlgorithm):
         """
         _, flat, unravel = flat_terms(target, state.theta)
         blocks = state.blocks
-        moved, log_ratio, backward, kept = self._weigh(target, state, proposed, noise, step, x)
-        change = incremental_log_weight(state.points.terms, moved.terms, blocks.sum_terms, log_ratio)
+        moved, change, backward, kept = self._weigh(target, state, proposed, noise, step, x)
         # A particle without a finite gradient has no future.
         change = jnp.where(jnp.isfinite(blocks.sum_coordinates(moved.grad)) & ~lost, change, jnp.nan)
         if moved.score is not None:  # where none is finite it is theta that is at fault, and stays
@@ -380,7 +380,7 @@ class SMCOptimizer(ParticleAlgorithm):
         sound &= jnp.isfinite(state.log_evidence_change + gained)
         keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
         log_weights, gained = keep(weighed.log_weights, state.log_weights), jnp.where(sound, gained, 0.0)
-        points = keep(revived(moved, weighed.log_weights, blocks), state.points)
+        points = changed_if(~sound, lambda _: state.points, revived(moved, weighed.log_weights, blocks))
         # In a refused update it is theta that is at fault, and no particle.
         num_nonfinite = jnp.where(sound, weighed.num_nonfinite, 0) + state.num_lost
         weighed = weighed._replace(num_nonfinite=num_nonfinite)
@@ -431,8 +431,8 @@ class SMCOptimizer(ParticleAlgorithm):
 
     def _weigh(
         self, target: Target, state: SMCState, proposed: Array, noise: Noise, step: Step, x: Array
-    ) -> tuple[Point, Array | float, Gradient, Array | None]:
-        """Particles evaluated at theta', log kernel ratios, what turns an estimate there into a gradient, and [B].
+    ) -> tuple[Point, Array, Gradient, Array | None]:
+        """Particles evaluated at theta', [N, B] what their log weights gain, an estimate's way to a gradient, and [B].
 
         The last is the fraction of effective particles that the move of a weighted kernel kept, or would have kept: a
         block whose weights it would destroy (an unstable step size) stays where it is instead, which is a valid move
@@ -441,27 +441,35 @@ class SMCOptimizer(ParticleAlgorithm):
         terms_fn, _, unravel = flat_terms(target, state.theta)
         evaluate = evaluator(target, unravel(proposed), state.points.score is not None)
         backward = surrogate_gradient(target, state.blocks, unravel(proposed))
+
+        def gain(points: Point, log_ratio: Array | float) -> Array:
+            return incremental_log_weight(state.points.terms, points.terms, state.blocks.sum_terms, log_ratio)
+
         if isinstance(self.kernel, WeightedKernel):
             move = lambda noise, p: self.kernel.move(noise, p, Potential(evaluate, state.blocks), step)  # noqa: E731
             points, log_ratio = jax.vmap(move)(noise, state.points)
-            change = incremental_log_weight(state.points.terms, points.terms, state.blocks.sum_terms, log_ratio)
+            change = gain(points, log_ratio)
             # Of those that met a finite energy: the others are not for the step size to answer for.
             survived = jnp.sum(jnp.where(jnp.isfinite(change), jnp.exp(state.log_weights), 0.0), 0)
             kept = kept_fraction(state.log_weights, change) / jnp.maximum(survived, jnp.finfo(change.dtype).tiny)
             moves = kept >= KEPT_BY_A_MOVE
             where = state.blocks.to_coordinates(moves)
-            stay = lambda p: jax.vmap(evaluate)(jnp.where(where, p.x, state.points.x))  # noqa: E731
-            points = jax.lax.cond(jnp.all(moves), lambda p: p, stay, points)
-            return points, jnp.where(moves, log_ratio, 0.0), backward, kept
+
+            def stay(moved: tuple[Point, Array]) -> tuple[Point, Array]:
+                points = jax.vmap(evaluate)(jnp.where(where, moved[0].x, state.points.x))
+                return points, gain(points, jnp.where(moves, log_ratio, 0.0))
+
+            return *changed_if(~jnp.all(moves), stay, (points, change)), backward, kept
         if not self._shares_passes(state):
-            return jax.vmap(evaluate)(x), 0.0, backward, None
+            points = jax.vmap(evaluate)(x)
+            return points, gain(points, 0.0), backward, None
         # One forward pass serves the weights and both gradients.
         all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
         terms, vjp = jax.vjp(all_terms, proposed, x)
         points = Point(x, terms, vjp(jnp.ones_like(terms))[1])
         shared = lambda estimate: vjp(term_coefficients(estimate, state.blocks))[0]  # noqa: E731
         rest = lambda estimate: gradient_of_rest(estimate, unravel(proposed))  # noqa: E731
-        return points, 0.0, lambda points, estimate: shared(estimate) + rest(estimate), None
+        return points, gain(points, 0.0), lambda points, estimate: shared(estimate) + rest(estimate), None
 
     def _estimate(self, target: Target, state: SMCState, points: Point, log_weights: Array, theta: Theta) -> Estimate:
         """Loss and coefficients of the gradient at ``theta``, where ``points`` are evaluated and weighed."""

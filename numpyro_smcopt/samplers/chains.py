@@ -36,6 +36,7 @@ from numpyro_smcopt.algorithms.start import (
     warn_of_unfinished,
 )
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
 from numpyro_smcopt.noise import draw_noise
 from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
@@ -304,5 +305,4 @@ def _without_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, A
             score,
         )
 
-    mended = lax.cond(jnp.all(sound), lambda points: points, mend, moved)
-    return mended, jnp.sum(~sound, dtype=jnp.int32)
+    return changed_if(~jnp.all(sound), mend, moved), jnp.sum(~sound, dtype=jnp.int32)
