@@ -43,6 +43,7 @@ WARM_ITERATIONS = 80
 LONGEST_STEP = 2.0  # for parameters on a log or logit scale, whose natural unit is one
 SMALLEST_EIGENVALUE = 1e-6  # of the observed information, relative to the complete one
 MOST_STRETCHED = 4.0  # times its length may a step grow while it leads downhill: damped ones are too short
+GROWS_FROM, SHRINKS_BELOW = 0.6, 0.2  # of the gain that the slope promised; half of it is what a parabola gives
 DAMPING = 0.1  # of scales, relative to the complete information
 GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take over
 STEEP = 0.5  # nats that say that there is no plateau in a direction
@@ -335,7 +336,9 @@ class _Walk:
             self.steps += 1
             if change < 0.0:
                 self._go(step, there)
-                fraction = min(MOST_STRETCHED, 2 * fraction)
+                fulfilled = -change / predicted
+                growth = 2.0 if fulfilled > GROWS_FROM else 1.0 if fulfilled > SHRINKS_BELOW else 0.5
+                fraction = min(MOST_STRETCHED, growth * fraction)
             else:
                 fraction /= 4
                 if fraction < 1e-4:

@@ -239,3 +239,35 @@ def test_warm_start_leaves_a_plateau_where_a_scale_is_too_small_to_matter():
     expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
     found = laplace.warm_start(expand, start, jnp.zeros(n), np.array([True, True]))
     np.testing.assert_allclose(found.theta, [np.log(sd2) / 2, np.log(sigma2) / 2], atol=0.02)
+
+
+def test_warm_start_finds_many_loadings_from_nowhere():
+    # Y_i ~ N(W x_i, sigma): 37 parameters that are far from quadratic, of which one (a rotation) is not identified.
+    rng = np.random.default_rng(4)
+    num, size, width = 100, 18, 2
+    y = rng.normal(size=(num, width)) * np.array([6.0, 2.0]) @ rng.normal(size=(width, size))
+    y += 0.7 * rng.normal(size=(num, size))
+    data = jnp.asarray(y, jnp.float32)
+
+    def terms(theta, x):
+        w, log_sigma = theta[:-1].reshape(size, width), theta[-1]
+        rest = (data - x.reshape(num, width) @ w.T) ** 2 * jnp.exp(-2 * log_sigma) / 2 + log_sigma
+        return jnp.concatenate([x**2 / 2, rest.ravel()])
+
+    def loss(theta):
+        w, sigma = np.asarray(theta[:-1], float).reshape(size, width), np.exp(float(theta[-1]))
+        covariance = w @ w.T + sigma**2 * np.eye(size)
+        return num / 2 * (np.linalg.slogdet(covariance)[1] + np.trace(np.linalg.solve(covariance, y.T @ y / num)))
+
+    values, vectors = np.linalg.eigh(y.T @ y / num)  # Tipping and Bishop 1999
+    sigma2 = values[:-width].mean()
+    best = loss(np.append((vectors[:, -width:] * np.sqrt(values[-width:] - sigma2)).ravel(), np.log(sigma2) / 2))
+
+    start = jnp.asarray(np.append(0.1 * rng.normal(size=size * width), 0.0), jnp.float32)
+    blocks = partition(lambda x: terms(start, x), num * width)
+    assert blocks.num_blocks == num
+    normals = jnp.asarray(laplace.fixed_normals(32, blocks), jnp.float32)
+    expand = compile_fast(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, num * size))
+    found = laplace.warm_start(expand, start, jnp.zeros(num * width), np.arange(len(start)) == size * width)
+    assert loss(found.theta) - best < 0.1, loss(found.theta) - best
+    assert found.iterations < 30, found.iterations
