@@ -318,6 +318,12 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
     assert found.covariance[2, 2] == pytest.approx(1 / 9, rel=0.01)
 
 
+def test_a_direction_that_is_lost_in_noise_is_not_said_to_be_undetermined():
+    found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[0.2]]), 2.0), np.array([10.0]), "a")
+    assert found.hidden == ("a",) and not found.singular and found.num_singular == 0 and not found.indefinite
+    assert not found.identified
+
+
 def test_units_do_not_matter():
     rng = np.random.default_rng(0)
     root = rng.standard_normal((3, 3))

@@ -14,6 +14,7 @@ from numpyro.distributions.constraints import Constraint
 
 from numpyro_smcopt.types import Array, Params, Theta
 
+FAR_FROM_MAXIMUM = 0.05  # standard errors, from which on it is of interest whether the distance is noise
 DRAWS = 20_000  # for intervals of parameters whose transform mixes coordinates
 
 
@@ -193,7 +194,9 @@ class Report:
         distance, score_z = ravel(about["distance"]), ravel(about["score_z"])
         if np.any(np.isfinite(distance)):
             k = int(np.nanargmax(np.abs(distance)))
-            parts.append(f"{abs(distance[k]):.1g} standard errors from the maximum (score z {score_z[k]:.1f})")
+            # A distance that does not matter is not made alarming by being known exactly.
+            beyond = f" (score z {score_z[k]:.1f})" if abs(distance[k]) > FAR_FROM_MAXIMUM else ""
+            parts.append(f"{abs(distance[k]):.1g} standard errors from the maximum{beyond}")
         if np.isfinite(self.ess) and np.isfinite(about["laplace_log_evidence"]):
             parts.append(f"Laplace approximation {about['laplace_log_evidence']:.3f}")
         if about["tempered"]:
