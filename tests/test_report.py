@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports against exact likelihoods: standard errors, intervals, boundaries, singular directions."""
 
+import dataclasses
 import pickle
 import warnings
 
@@ -95,6 +96,8 @@ def test_criteria(fitted):
     assert report.num_parameters == 3 and report.num_observations == y.size
     assert report.aic == pytest.approx(-2 * report.log_evidence + 6)
     assert report.bic == pytest.approx(-2 * report.log_evidence + 3 * np.log(y.size))
+    uncounted = dataclasses.replace(report, num_observations=0)  # all data in `numpyro.factor`
+    assert np.isnan(uncounted.bic) and "BIC" in report.to_text() and "BIC" not in uncounted.to_text()
 
 
 def test_intervals_are_built_on_the_unconstrained_scale(fitted):

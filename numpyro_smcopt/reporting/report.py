@@ -119,8 +119,13 @@ class Report:
 
     @property
     def bic(self) -> float:
-        """``-2 log p + k log n``, n being the number of observations; smaller is better."""
-        return -2 * self.log_evidence + self.num_parameters * math.log(max(self.num_observations, 1))
+        """``-2 log p + k log n``, n being the number of observations; smaller is better.
+
+        NaN if the data enter by `numpyro.factor` alone, where nothing can be counted.
+        """
+        if not self.num_observations:
+            return math.nan
+        return -2 * self.log_evidence + self.num_parameters * math.log(self.num_observations)
 
     def confidence_intervals(self, level: float = 0.95) -> Params:
         """Intervals like ``params``, each leaf [..., 2]: built on the unconstrained scale, where the likelihood is
@@ -178,10 +183,11 @@ class Report:
         texts = [header] + [[row[0], *(_number(v, row[2]) for v in row[1:])] for row in rows]
         widths = [max(len(text[k]) for text in texts) for k in range(len(header))]
         lines = ["", *("  ".join(f"{v:>{w}}" for v, w in zip(text, widths, strict=True)) for text in texts)]
+        counted = f"BIC {self.bic:.2f}   " if self.num_observations else ""
         lines += [
             "",
             f"log evidence  {self.log_evidence:.3f} (MC error {self.log_evidence_std:.2g})",
-            f"AIC {self.aic:.2f}   BIC {self.bic:.2f}   {self.num_parameters} parameters, "
+            f"AIC {self.aic:.2f}   {counted}{self.num_parameters} parameters, "
             f"{self.num_observations} observations, {self.ess:.0f} effective draws",
             *self._checks(),
         ]
