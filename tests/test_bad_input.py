@@ -258,6 +258,19 @@ def test_observations_may_be_spread_over_their_distribution():
     assert make_target(normal, (np.zeros((5, 3), np.float32),), {}).sites.num_terms == 18
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_labels_that_start_at_one(first, recwarn):
+    def model(group, y):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("groups", 3):
+            x = numpyro.sample("x", dist.Normal(mean, 1.0))
+        with numpyro.plate("data", 6):
+            numpyro.sample("y", dist.Normal(x[group], 1.0), obs=y)
+
+    init(model, first + np.repeat(np.arange(3), 2), np.tile(Y, 2))
+    assert [str(w.message)[:33] for w in recwarn] == ["No observation depends on x[0], b"[:33]] * first
+
+
 def test_labels_that_are_text():
     with refused(TypeError, r"kwargs\['y'\] is an array of dtype <U1", "encode labels as integers"):
         init(normal, y=np.array(["a", "b"]))

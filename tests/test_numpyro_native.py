@@ -96,8 +96,11 @@ def test_a_second_run_and_a_resumed_run_compile_nothing(fitted, compilations):
         other = optimizer.run(random.key(3), 300, GROUP, OTHER_Y, progress_bar=False)
         traced.clear()  # `init` reads the model, `run` does not
         optimizer.run(random.key(1), 70, GROUP, OTHER_Y, progress_bar=False, init_state=other.state)
-        optimizer.run(random.key(1), 70, GROUP, Y, progress_bar=False, init_state=other.state)
+        back = optimizer.run(random.key(1), 70, GROUP, Y, progress_bar=False, init_state=other.state)
     assert compiled == [] and traced == []
+    # The average of the iterates has forgotten the other data.
+    mean, standard_error, *_ = balanced_groups(Y.reshape(3, 4), 1.0, 0.25)
+    assert abs(back.params["mean"] - mean) < 0.1 * standard_error
     mean, standard_error, *_ = balanced_groups(OTHER_Y.reshape(3, 4), 1.0, 0.25)
     assert abs(other.params["mean"] - mean) < 0.1 * standard_error
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports against exact likelihoods: standard errors, intervals, boundaries, singular directions."""
 
+import dataclasses
 import pickle
 import warnings
 
@@ -95,6 +96,8 @@ def test_criteria(fitted):
     assert report.num_parameters == 3 and report.num_observations == y.size
     assert report.aic == pytest.approx(-2 * report.log_evidence + 6)
     assert report.bic == pytest.approx(-2 * report.log_evidence + 3 * np.log(y.size))
+    uncounted = dataclasses.replace(report, num_observations=0)  # all data in `numpyro.factor`
+    assert np.isnan(uncounted.bic) and "BIC" in report.to_text() and "BIC" not in uncounted.to_text()
 
 
 def test_intervals_are_built_on_the_unconstrained_scale(fitted):
@@ -316,6 +319,12 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
     assert found.num_singular == 1 and not found.indefinite
     np.testing.assert_array_equal(found.identified, [False, False, True])
     assert found.covariance[2, 2] == pytest.approx(1 / 9, rel=0.01)
+
+
+def test_a_direction_that_is_lost_in_noise_is_not_said_to_be_undetermined():
+    found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[0.2]]), 2.0), np.array([10.0]), "a")
+    assert found.hidden == ("a",) and not found.singular and found.num_singular == 0 and not found.indefinite
+    assert not found.identified
 
 
 def test_units_do_not_matter():

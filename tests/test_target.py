@@ -292,6 +292,30 @@ def test_discrete_latents_are_summed_out():
     close(energy.sum(), -prior - np.logaddexp(*parts).sum())
 
 
+def test_a_discrete_latent_in_a_plate_leaves_a_term_for_each_element():
+    def model(y):
+        share = numpyro.param("share", 0.3, constraint=constraints.unit_interval)
+        top = numpyro.sample("top", dist.Normal(0.0, 1.0))
+        with numpyro.plate("groups", 3):
+            which = numpyro.sample("which", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+            b = numpyro.sample("b", dist.Normal(top, 1.0))
+            with handlers.scale(scale=2.0):
+                numpyro.sample("y", dist.Normal(b + 4.0 * which, 0.5), obs=y[:3])
+        with numpyro.plate("others", 2):
+            numpyro.sample("z", dist.Normal(top, 1.0), obs=y[3:])
+
+    target = make_target(model, (Y[:5],), {})
+    assert sum(size for _, size, prior in target.sites.terms if prior) == 1 + 3 + 1  # of the others a zero
+    top, b = 0.4, np.array([0.1, -0.3, 0.9])
+    energy = jax.jit(target.terms)({"share": jnp.log(0.3 / 0.7)}, jnp.array([top, *b]))
+    arms = [np.log(p) + 2 * normal_log_density(Y[:3], b + shift, 0.5) for p, shift in ((0.3, 4.0), (0.7, 0.0))]
+    each = np.concatenate([np.logaddexp(*arms), normal_log_density(Y[3:5], top, 1.0)])
+    prior = np.concatenate([[normal_log_density(top, 0, 1.0)], normal_log_density(b, top, 1.0)])
+    mask = target.sites.prior_mask
+    close(np.sort(energy[~mask]), np.sort([*-each, 0.0]))
+    close(np.sort(energy[mask]), np.sort([*-prior, 0.0]))
+
+
 def test_a_prior_that_hangs_on_a_discrete_latent_is_its_mixture():
     def model(y):
         share = numpyro.param("share", 0.3, constraint=constraints.unit_interval)

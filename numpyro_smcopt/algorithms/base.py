@@ -54,7 +54,7 @@ from numpyro_smcopt.target import (
     split_arguments,
     strong,
 )
-from numpyro_smcopt.theta_step.natural_step import inverse_metric
+from numpyro_smcopt.theta_step import FisherState, NaturalState, inverse_metric
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 FLOOR = 0.1  # smallest eigenvalue of the observed information relative to the complete one
@@ -364,9 +364,15 @@ class ParticleAlgorithm(abc.ABC):
         """A state to go on from, under the data."""
         self._check_state(state, "init_state")
         adopt = lambda target, state, arrays: self._adopt(target, state, fingerprint(arrays))  # noqa: E731
-        state = self._program("adopt", adopt)(static, arrays, state, arrays)
-        self._refuse_wrong_blocks(state)
-        return state
+        adopted = self._program("adopt", adopt)(static, arrays, state, arrays)
+        self._refuse_wrong_blocks(adopted)
+        walk = getattr(adopted, "theta_state", None)
+        other_data = np.any(np.asarray(adopted.fingerprint) != np.asarray(state.fingerprint))
+        if other_data and isinstance(walk, NaturalState | FisherState):
+            # Under other data theta sets out anew: at full speed, and its average forgets where it was before.
+            none: Any = np.zeros_like(walk.reversals)  # of NumPy, so that nothing is compiled
+            return adopted._replace(theta_state=walk._replace(reversals=none))
+        return adopted
 
     def _check_state(self, state: Any, name: str = "state") -> None:
         """Refuse what is no state of this algorithm; the message says where it may be found."""

@@ -7,6 +7,7 @@ Each is a function of its own, so that an algorithm takes what it needs, in this
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpyro_smcopt.algorithms.programs import Program
 from numpyro_smcopt.blocks import Blocks, Partition, probe_rows
 from numpyro_smcopt.kernels import InvariantKernel, Preconditioner, Step, WeightedKernel
 from numpyro_smcopt.objectives import Objective
-from numpyro_smcopt.target import StaticArguments, Target, flat_terms
+from numpyro_smcopt.target import Sites, StaticArguments, Target, flat_terms
 from numpyro_smcopt.tempering import Tempered
 from numpyro_smcopt.types import Array, Theta
 
@@ -110,7 +111,23 @@ def start_blocks(rng_key: Array, start: Start, partition: Partition, init_strate
         return values, slopes
 
     points = _generic_points(rng_key, start, probe, init_strategy)
-    return partition(probe, points, sites.num_terms, sites.units)
+    blocks = partition(probe, points, sites.num_terms, sites.units)
+    faults.warn_of([faults.labels_from_one(_without_first_data(sites, blocks))])
+    return blocks
+
+
+def _without_first_data(sites: Sites, blocks: Blocks) -> list[str]:
+    """Latent sites of which the first element reaches no data, and every other element does."""
+    reached = np.unique(np.asarray(blocks.of_term)[~sites.prior_mask])
+    with_data = np.isin(np.asarray(blocks.of_coordinate), reached)
+    found, start = [], 0
+    for name, site in sites.latents.items():
+        size = math.prod(site.shape)
+        if site.plates and site.shape and site.shape[0] > 2:
+            rows = np.asarray(with_data[start : start + size].reshape(site.shape[0], -1).any(1))
+            found += [name] if not rows[0] and rows[1:].all() else []
+        start += size
+    return found
 
 
 def _generic_points(rng_key: Array, start: Start, probe: Callable, init_strategy: Callable | None) -> np.ndarray:

@@ -124,7 +124,9 @@ def _distance(curvature: Curvature) -> np.ndarray:
 
 def _unknown(size: int) -> Curvature:
     nothing = np.full(size, np.nan)
-    return Curvature(np.zeros((size, size)), np.zeros(size, bool), np.zeros((1, size)), nothing, nothing, (), 0, False)
+    return Curvature(
+        np.zeros((size, size)), np.zeros(size, bool), np.zeros((1, size)), nothing, nothing, (), 0, (), False
+    )
 
 
 # -- boundaries ----------------------------------------------------------------------------------------------------
@@ -209,6 +211,10 @@ def _about_laplace(found: Exploration) -> list[str]:
     ]
 
 
+def _some(descriptions: Sequence[str]) -> str:
+    return "; ".join(descriptions[:5]) + ("; ..." if len(descriptions) > 5 else "")
+
+
 def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], names: Sequence[str]) -> list[str]:
     warnings = []
     for k, boundary in boundaries.items():
@@ -222,9 +228,14 @@ def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], name
             "start."
         )
     elif curvature.singular:
-        shown = "; ".join(curvature.singular[:5]) + ("; ..." if len(curvature.singular) > 5 else "")
         warnings.append(
-            f"The data do not determine {shown}: these have no standard errors. Fix them, or constrain them."
+            f"The data do not determine {_some(curvature.singular)}: these have no standard errors. Fix them, or "
+            "constrain them. If they belong to covariates far from zero (a year, say), centre those instead."
+        )
+    if curvature.hidden and not curvature.indefinite:
+        warnings.append(
+            f"How well the data determine {_some(curvature.hidden)} is lost in Monte Carlo noise: these have no "
+            "standard errors. Reparametrise the latents, so that they depend less on one another."
         )
     away, blur = mean_and_error(curvature.steps)
     deviation = np.sqrt(np.diag(curvature.covariance))

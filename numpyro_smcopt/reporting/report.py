@@ -14,6 +14,7 @@ from numpyro.distributions.constraints import Constraint
 
 from numpyro_smcopt.types import Array, Params, Theta
 
+FAR_FROM_MAXIMUM = 0.05  # standard errors, from which on it is of interest whether the distance is noise
 DRAWS = 20_000  # for intervals of parameters whose transform mixes coordinates
 
 
@@ -118,8 +119,13 @@ class Report:
 
     @property
     def bic(self) -> float:
-        """``-2 log p + k log n``, n being the number of observations; smaller is better."""
-        return -2 * self.log_evidence + self.num_parameters * math.log(max(self.num_observations, 1))
+        """``-2 log p + k log n``, n being the number of observations; smaller is better.
+
+        NaN if the data enter by `numpyro.factor` alone, where nothing can be counted.
+        """
+        if not self.num_observations:
+            return math.nan
+        return -2 * self.log_evidence + self.num_parameters * math.log(self.num_observations)
 
     def confidence_intervals(self, level: float = 0.95) -> Params:
         """Intervals like ``params``, each leaf [..., 2]: built on the unconstrained scale, where the likelihood is
@@ -177,10 +183,11 @@ class Report:
         texts = [header] + [[row[0], *(_number(v, row[2]) for v in row[1:])] for row in rows]
         widths = [max(len(text[k]) for text in texts) for k in range(len(header))]
         lines = ["", *("  ".join(f"{v:>{w}}" for v, w in zip(text, widths, strict=True)) for text in texts)]
+        counted = f"BIC {self.bic:.2f}   " if self.num_observations else ""
         lines += [
             "",
             f"log evidence  {self.log_evidence:.3f} (MC error {self.log_evidence_std:.2g})",
-            f"AIC {self.aic:.2f}   BIC {self.bic:.2f}   {self.num_parameters} parameters, "
+            f"AIC {self.aic:.2f}   {counted}{self.num_parameters} parameters, "
             f"{self.num_observations} observations, {self.ess:.0f} effective draws",
             *self._checks(),
         ]
@@ -193,7 +200,9 @@ class Report:
         distance, score_z = ravel(about["distance"]), ravel(about["score_z"])
         if np.any(np.isfinite(distance)):
             k = int(np.nanargmax(np.abs(distance)))
-            parts.append(f"{abs(distance[k]):.1g} standard errors from the maximum (score z {score_z[k]:.1f})")
+            # A distance that does not matter is not made alarming by being known exactly.
+            beyond = f" (score z {score_z[k]:.1f})" if abs(distance[k]) > FAR_FROM_MAXIMUM else ""
+            parts.append(f"{abs(distance[k]):.1g} standard errors from the maximum{beyond}")
         if np.isfinite(self.ess) and np.isfinite(about["laplace_log_evidence"]):
             parts.append(f"Laplace approximation {about['laplace_log_evidence']:.3f}")
         if about["tempered"]:

@@ -16,6 +16,7 @@ import numpy as np
 
 NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
 SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
+LARGE_SHARE = 1e-2  # of the complete-data information; noise that could hide as much says nothing about the data
 PART = 1e-4  # squared component in a singular direction, above which a coordinate is not identified
 SHOWN_PART = 0.05
 ROUNDING = 1e-6  # error of a score in single precision, in units of its spread under the complete-data information
@@ -32,6 +33,7 @@ class Curvature(NamedTuple):
         noise: [P] relative Monte Carlo standard deviation of the standard errors.
         singular: Descriptions of the directions without information.
         num_singular: How many there are.
+        hidden: Descriptions of further directions, whose information may be large but is lost in Monte Carlo noise.
         indefinite: Whether the information is significantly negative in some direction.
     """
 
@@ -42,6 +44,7 @@ class Curvature(NamedTuple):
     noise: np.ndarray
     singular: tuple[str, ...]
     num_singular: int
+    hidden: tuple[str, ...]
     indefinite: bool
 
 
@@ -78,6 +81,9 @@ def curvature_of(
     noise = mean_and_error(each)[1]
     singular = ~(values > np.maximum(NOISE * noise, SMALLEST_SHARE))
     indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE)))
+    hidden = singular & (np.abs(values) <= NOISE * noise) & (values + NOISE * noise > LARGE_SHARE)
+    of_used = [names[i] for i in used.tolist()]
+    describe = lambda which: [_describe(vectors[:, k], of_used) for k in np.flatnonzero(which)]  # noqa: E731
 
     kept = ~singular
     inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T * scale[:, None] * scale
@@ -101,9 +107,10 @@ def curvature_of(
         np.where(identified, se_noise, np.nan),
         tuple(
             [f"{names[i]} does not reach the density" for i in np.flatnonzero(dead & ~held).tolist()]
-            + [_describe(vectors[:, k], [names[i] for i in used.tolist()]) for k in np.flatnonzero(singular)]
+            + describe(singular & ~hidden)
         ),
-        int(np.sum(singular) + np.sum(dead & ~held)),
+        int(np.sum(singular & ~hidden) + np.sum(dead & ~held)),
+        tuple(describe(hidden)),
         indefinite,
     )
 

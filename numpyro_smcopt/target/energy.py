@@ -29,8 +29,7 @@ from numpyro_smcopt.target.sites import Sites, read_sites
 from numpyro_smcopt.target.tracing import (
     constrained_param,
     drawable,
-    enumerated_model,
-    is_prior,
+    enumerated_terms,
     is_real,
     log_prob_of,
     map_constraint,
@@ -100,24 +99,11 @@ class Target:
         with numpyro.validation_enabled(self.validate):
             model = handlers.substitute(self.model, substitute_fn=value_of)
             if self.sites.enumerated:
-                return self._enumerated_terms(model)
+                pairs = enumerated_terms(model, self.args, self.kwargs, self.sites.latents)
+                return jnp.concatenate([-jnp.ravel(v) for pair in zip(*pairs, strict=True) for v in pair])
             trace = trace_model(model, self.args, self.kwargs, random.key(0))
         pieces = [-jnp.ravel(log_prob_of(site)) for site in trace.values() if site["type"] == "sample"]
         return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
-
-    def _enumerated_terms(self, model: Model) -> Array:
-        # Sums over discrete sites couple the terms, so only prior and remainder are told apart; the prior is summed
-        # over the discrete sites as well.
-        from numpyro.contrib.funsor import log_density
-
-        def observed(site: dict) -> bool:
-            return site.get("is_observed", False) and not is_prior(site["name"], self.sites.latents)
-
-        model = enumerated_model(model, self.args, self.kwargs)
-        with handlers.block(), handlers.seed(rng_seed=random.key(0)):
-            total, _ = log_density(model, self.args, self.kwargs, {})
-            prior, _ = log_density(handlers.block(model, hide_fn=observed), self.args, self.kwargs, {})
-        return -jnp.stack([prior, total - prior])
 
     def program(self, theta: Theta) -> Any:
         """The energy as a jaxpr: leaves of theta and one particle in, terms out."""

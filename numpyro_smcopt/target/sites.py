@@ -14,11 +14,19 @@ from jax import random
 from numpyro import handlers
 
 from numpyro_smcopt.target.checks import check_observed, check_param, refuse_unsupported
-from numpyro_smcopt.target.tracing import drawable, is_prior, log_prob_of, substitution, trace_model, unconstrained
+from numpyro_smcopt.target.tracing import (
+    drawable,
+    enumerated_terms,
+    is_prior,
+    log_prob_of,
+    substitution,
+    trace_model,
+    unconstrained,
+)
 from numpyro_smcopt.types import Array, Model
 
 ENUMERATED = "enumerated"
-"""Name of the term that holds all but the prior of the continuous latents, if discrete latents are summed out."""
+"""Name of the terms that hold all but the prior of the continuous latents, if discrete latents are summed out."""
 
 
 class LatentSite(NamedTuple):
@@ -140,13 +148,15 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
 def _read_terms(
     model: Model, args: tuple, kwargs: dict, sites: Sites, trace: dict
 ) -> tuple[tuple[str, int, bool], ...]:
-    if sites.enumerated:
-        return (("prior", 1, True), (ENUMERATED, 1, False))
     found: list[tuple[str, int, bool]] = []
 
     def probe(x: Array, rng_key: Array) -> None:
         latents = sites.unravel(x)
         bound = handlers.substitute(model, substitute_fn=substitution({}, latents))
+        if sites.enumerated:
+            for prior, rest in zip(*enumerated_terms(bound, args, kwargs, latents), strict=True):
+                found.extend([("prior", prior.size, True), (ENUMERATED, rest.size, False)])
+            return
         for name, site in trace_model(bound, args, kwargs, rng_key, validate=False).items():
             if site["type"] == "sample":
                 if site["is_observed"] and name in trace:

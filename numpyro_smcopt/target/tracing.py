@@ -162,6 +162,98 @@ def is_prior(name: str, latents: dict[str, Any]) -> bool:
     return name in latents or any(latent.startswith(name.removesuffix(end)) for end, latent in factors.items())
 
 
+def enumerated_terms(
+    model: Model, args: tuple, kwargs: dict, latents: dict[str, Any]
+) -> tuple[list[Array], list[Array]]:
+    """Log densities of a model whose discrete latents are summed out, unsummed over the plates where that can be.
+
+    A discrete site ties together what depends on it, and no more: a sum over a site that stands in a plate leaves one
+    term for each element of the plate.
+
+    Args:
+        model: The model under chosen values of everything that is not discrete.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        latents: The continuous latents, by name.
+
+    Returns:
+        Pairs of arrays, one pair for each set of plates: the prior of the continuous latents (itself summed over the
+        discrete sites), and what the observations add.
+    """
+    import funsor
+    from numpyro.contrib.funsor import log_density, plate_to_enum_plate
+    from numpyro.contrib.funsor import trace as packed_trace
+
+    model = enumerated_model(model, args, kwargs)
+    with _explained(model, args, kwargs), handlers.block(), handlers.seed(rng_seed=random.key(0)):
+        with plate_to_enum_plate():
+            trace = packed_trace(model).get_trace(*args, **kwargs)
+        sites = {name: site for name, site in trace.items() if site["type"] == "sample"}
+        given = {name for name, site in sites.items() if site["is_observed"] and not is_prior(name, latents)}
+        if any(dim.startswith("_") for site in sites.values() for dim in site["infer"]["dim_to_name"].values()):
+            # A chain along `scan` is eliminated by an algorithm of its own, whole.
+            total, _ = log_density(model, args, kwargs, {})
+            prior, _ = log_density(handlers.block(model, hide_fn=lambda site: site["name"] in given), args, kwargs, {})
+            return [prior], [total - prior]
+    discrete = frozenset(name for name, site in sites.items() if not site["is_observed"])
+    plates = frozenset(frame.name for site in sites.values() for frame in site["cond_indep_stack"])
+    factors = {name: _factor(site) for name, site in sites.items()}
+    totals = _summed_out(list(factors.values()), discrete, plates)
+    priors = _summed_out([factor for name, factor in factors.items() if name not in given], discrete, plates)
+    zero = funsor.Number(0.0)
+    keys = sorted({*totals, *priors}, key=sorted)
+    before = [priors.get(key, zero) for key in keys]
+    after = [totals.get(key, zero) - prior for key, prior in zip(keys, before, strict=True)]
+    return [jnp.asarray(v.data) for v in before], [jnp.asarray(v.data) for v in after]
+
+
+def _factor(site: dict) -> Any:
+    """The log density of a site as a funsor, whose inputs are plates and discrete sites."""
+    import funsor
+
+    log_prob, names = log_prob_of(site), site["infer"]["dim_to_name"]
+    if not names and all(size == 1 for size in log_prob.shape):
+        log_prob = jnp.reshape(log_prob, ())
+    return funsor.to_funsor(log_prob, output=funsor.Real, dim_to_name=names)
+
+
+def _summed_out(factors: list, discrete: frozenset[str], plates: frozenset[str]) -> dict[frozenset[str], Any]:
+    """Sum over the discrete sites, and add up what stands in the same plates; by set of plates.
+
+    Factors that are tied by discrete sites stay apart along the plates in which all of those sites stand.
+    """
+    import funsor
+
+    found: dict[frozenset[str], Any] = {}
+    for tied in _components(factors, discrete):
+        here = frozenset[str]().union(*(discrete.intersection(factor.inputs) for factor in tied))
+        if here:
+            apart = plates.intersection(*(factor.inputs for factor in tied))
+            summed = funsor.sum_product.sum_product(
+                funsor.ops.logaddexp, funsor.ops.add, tied, eliminate=here | (plates - apart), plates=plates - apart
+            )
+        else:
+            (summed,) = tied
+        key = frozenset(summed.inputs)
+        found[key] = found[key] + summed if key in found else summed
+    return found
+
+
+def _components(factors: list, discrete: frozenset[str]) -> list[list]:
+    """Factors that share discrete sites, together."""
+    components: list[tuple[set[str], list]] = []
+    for factor in factors:
+        names, together = set(discrete.intersection(factor.inputs)), [factor]
+        apart = []
+        for other, members in components:
+            if names & other:
+                names, together = names | other, members + together
+            else:
+                apart.append((other, members))
+        components = [*apart, (names, together)]
+    return [members for _, members in components]
+
+
 def enumerated_model(model: Model, args: tuple, kwargs: dict) -> Model:
     """The model with its discrete latents laid out along new dimensions, left of all plates."""
     from numpyro.contrib.funsor import config_enumerate, enum
