@@ -59,7 +59,7 @@ from numpyro_smcopt.kernels.underdamped import (
     exponential,
     nesterov,
 )
-from numpyro_smcopt.latent_momentum import CloudState, LatentStep
+from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE, CloudState, LatentStep, forgotten
 from numpyro_smcopt.noise import draw_normals
 from numpyro_smcopt.objectives import (
     Cloud,
@@ -183,8 +183,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
         restart: Whether theta drops its velocity where it leads uphill beyond the noise of the gradient.
         averaging: The estimate averages the iterates with weights that grow like this power of their number; None for
             the last iterate.
-        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause; by
-            default 0.05, or 0.15 where theta has more than 500 coordinates.
+        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause, at
+            most 0.5; by default 0.05, or 0.15 where theta has more than 500 coordinates. The step is shorter where the
+            particles meet curvatures on which it would come near to diverging.
         init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for the first particles.
         partition: How independent blocks are found.
         handlers: NumPyro handlers that see the ``smcopt/...`` sites of every update.
@@ -265,8 +266,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
             raise ValueError(
                 f"averaging must be a power of at least 0, or None for the last iterate, got {averaging!r}."
             )
-        if bias_tolerance is not None and not 0 < bias_tolerance < 1:
-            raise ValueError(f"bias_tolerance is a relative bias within (0, 1), got {bias_tolerance!r}.")
+        if bias_tolerance is not None and not 0 < bias_tolerance <= LARGEST_TOLERANCE:
+            raise ValueError(
+                f"bias_tolerance is a relative bias within (0, {LARGEST_TOLERANCE:g}], got {bias_tolerance!r}. Steps "
+                "for a larger one would come too near to where moves diverge; to try them, give a latent_step_size."
+            )
         self.step_size, self.damping = two_numbers("", step_size, momentum, gamma, eta, time_step)
         self.latent_step_size, self.latent_damping = two_numbers(
             "latent_", latent_step_size, latent_momentum, latent_gamma, latent_eta, latent_time_step
@@ -348,7 +352,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 points=Particles(points.x),
                 log_weights=uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype),
                 motion=motion,
-                cloud=self._latents.init(velocity, metric, blocks),
+                cloud=self._latents.init(velocity, metric, points, blocks),
                 blocks=blocks,
                 num_updates=zero,
                 num_refused=zero,
@@ -467,7 +471,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         latents = self._latents
         if self.bias_tolerance is None and not _information_is_affordable(state.theta):
             latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
-        cloud = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
+        cloud, x = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
 
         refused = (~sound).astype(jnp.int32)
         own = {"num_refused": refused} | step.diagnose(motion, going) | latents.diagnose(cloud, latent_going)
@@ -481,7 +485,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return state._replace(
             theta=unravel(following),
             params=target.constrain_params(unravel(step.estimate(motion))),
-            points=Particles(moved.x),
+            points=Particles(x),
             motion=motion,
             cloud=cloud,
             num_updates=state.num_updates + 1,
@@ -542,7 +546,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 "need a new init."
             )
         wrong = blocks_are_wrong(random.fold_in(state.rng_key, 1), target, state.theta, state.points.x, state.blocks)
-        return state._replace(fingerprint=jnp.where(wrong, state.fingerprint, fingerprint), wrong_blocks=wrong)
+        fingerprint = jnp.where(wrong, state.fingerprint, fingerprint)
+        cloud = forgotten(state.cloud, state.fingerprint != fingerprint)
+        return state._replace(fingerprint=fingerprint, wrong_blocks=wrong, cloud=cloud)
 
     def evaluate(self, state: MomentumState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.
