@@ -7,6 +7,7 @@ Monte Carlo comparisons allow 4 standard errors.
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,111 @@ def test_a_step_beyond_the_limit_is_reported_with_the_limit():
     assert result.status == Status.NON_FINITE
     assert np.all(result.diagnostics["stability"][5:20] > 2.5)
     assert np.isfinite(result.params["theta"])
+
+
+traced = []
+
+
+@pytest.fixture(scope="module")
+def diverging():
+    """No latents, a step three times too long; the state at the start."""
+
+    def counted(y):
+        traced.append(None)
+        quadratic(y)
+
+    step_size = 3 * float(stability_limit(exponential(1.0, -math.log(0.9)))) / len(Y)
+    optimizer = MomentumParticleMLE(counted, step_size=step_size, momentum=0.9)
+    return optimizer, optimizer.init(random.key(0), Y)
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """How long the runs were when they were found to be unstable, and how often the user was told."""
+    lengths, told = [], []
+    look = MomentumParticleMLE._early_faults
+
+    def early_faults(self, state, diagnostics):
+        lengths.append(len(diagnostics["loss"]))
+        return look(self, state, diagnostics)
+
+    def showwarning(message, *args, **options):
+        if "beyond the stability limit" in str(message):
+            told.append(lengths[-1])
+
+    monkeypatch.setattr(MomentumParticleMLE, "_early_faults", early_faults)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = showwarning
+        yield told
+
+
+def test_a_diverging_run_is_told_after_fifty_updates_once_and_not_disturbed(diverging, heard, monkeypatch):
+    optimizer, state = diverging
+    run(optimizer, 3, Y, init_state=state)
+    assert heard == []  # too short to be judged
+    once = len(traced)
+    long = run(optimizer, 130, Y, init_state=state)
+    assert heard == [50] and len(traced) == once
+    run(optimizer, 30, Y, init_state=state)
+    assert heard == [50, 30]
+    monkeypatch.setattr("numpyro_smcopt.algorithms.faults.LAST_LOOK", 37)
+    other = run(optimizer, 130, Y, init_state=state)
+    assert heard == [50, 30, 37]
+    for one, two in zip(jax.tree.leaves(long.diagnostics), jax.tree.leaves(other.diagnostics), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_resumed_run_is_told_once(diverging, heard, monkeypatch, tmp_path):
+    optimizer, state = diverging
+
+    def begin(name, num_steps):
+        run(optimizer, num_steps, Y, init_state=state, checkpoint=tmp_path / name)
+
+    def go_on(name):
+        optimizer.resume(tmp_path / name, Y, num_steps=90, progress_bar=False)
+
+    begin("long", 60)
+    go_on("long")
+    assert heard == [50]
+    begin("short", 30)
+    go_on("short")
+    assert heard == [50, 30]
+    # Interrupted before anything was said.
+    advanced = []
+
+    def advance(self, steps, records):
+        advanced.append(steps)
+        if sum(advanced) >= 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpyro_smcopt.loop.SilentProgress.advance", advance)
+        patch.setattr("numpyro_smcopt.loop.CHUNK", 5)
+        begin("interrupted", 60)
+    assert heard == [50, 30] and sum(advanced) < 50
+    go_on("interrupted")
+    assert heard == [50, 30, 50]
+
+
+def test_each_of_several_diverging_runs_is_told_of(diverging):
+    optimizer, state = diverging
+    with pytest.warns(UserWarning) as record:
+        optimizer.run(None, 60, Y, init_state=[state, state], num_runs=2, progress_bar=False)
+    told = [str(warning.message) for warning in record if "stability" in str(warning.message)]
+    assert [message.split(":")[0] for message in told] == ["Run 0 of 2", "Run 1 of 2"]
+
+
+def test_a_time_step_is_called_by_its_name():
+    gamma, eta = 0.4, 30.0
+    optimizer = MomentumParticleMLE(quadratic, gamma=gamma, eta=eta, time_step=0.5)
+    with pytest.warns(UserWarning) as record:
+        run(optimizer, 50, Y)
+    text = " ".join(str(warning.message) for warning in record)
+    assert "time_step=0.5 is beyond the stability limit" in text
+    limit = float(text.split("Use time_step below about ")[1].split()[0].rstrip("."))
+    # Damping and step size both go with it.
+    np.testing.assert_allclose(stability_limit(exponential(limit / gamma, gamma * eta * limit)), len(Y), rtol=0.1)
 
 
 def test_a_latent_step_beyond_the_limit_is_reported_with_the_limit():

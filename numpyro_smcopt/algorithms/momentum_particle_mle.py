@@ -47,17 +47,24 @@ from numpyro_smcopt.algorithms.start import (
     warm_theta,
     warn_of_unfinished,
 )
-from numpyro_smcopt.algorithms.two_numbers import check_preconditioner, refuse_foreign_arguments, two_numbers
+from numpyro_smcopt.algorithms.two_numbers import (
+    check_preconditioner,
+    refuse_foreign_arguments,
+    stable_share,
+    two_numbers,
+)
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
 from numpyro_smcopt.kernels import HMC, Point, Potential, Preconditioner, Preconditioning, preconditioners
 from numpyro_smcopt.kernels.underdamped import (
     IntegratorFn,
     Moved,
+    Pace,
     Underdamped,
     VelocityKernel,
     controlled,
     exponential,
     nesterov,
+    uncorrected,
 )
 from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE, CloudState, LatentStep, forgotten
 from numpyro_smcopt.noise import draw_normals
@@ -275,6 +282,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         self.latent_step_size, self.latent_damping = two_numbers(
             "latent_", latent_step_size, latent_momentum, latent_gamma, latent_eta, latent_time_step
         )
+        self._time_steps = {"": time_step, "latent_": latent_time_step}  # where they were given, to speak of them
         if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
             raise ValueError(
                 "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
@@ -598,6 +606,29 @@ class MomentumParticleMLE(ParticleAlgorithm):
             return Damping.UNDER
         return Damping.OVER if ratio > math.sqrt(2) else Damping.CRITICAL
 
+    def _early_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> list[str | None]:
+        return [self._instability(state, diagnostics)]
+
+    def _instability(self, state: MomentumState, diagnostics: dict[str, Array]) -> str | None:
+        """A given step that diverges in the first updates, with its limit."""
+        excess = faults.beyond_stability(diagnostics["stability"])
+        if excess is not None:
+            return self._too_long("", self.scheme, state.motion.pace, excess)
+        excess = faults.beyond_stability(diagnostics["latent_stability"])
+        if excess is None or self.latent_step_size is None or not state.points.x.shape[1]:
+            return None
+        return self._too_long("latent_", uncorrected, state.cloud.pace, excess)
+
+    def _too_long(self, block: str, scheme: IntegratorFn, going: Pace, excess: float) -> str:
+        step_size, damping = float(np.max(going.step_size)), float(np.max(going.damping))
+        time_step = self._time_steps[block]
+        # Without a momentum of its own the damping of the particles is proportional to their step size.
+        coupled = time_step is not None or block == "latent_" and self.latent_damping is None
+        share = stable_share(scheme, step_size, damping, excess, coupled)
+        if time_step is not None:
+            return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
+        return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
+
     def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
         has_latents = state.points.x.shape[1] > 0
@@ -607,12 +638,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
             faults.replaced_particles(int(np.sum(diagnostics["num_nonfinite"]))),
             faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
         ]
-        unstable = faults.unstable_step("step_size", diagnostics["stability"], float(state.motion.pace.step_size))
-        if unstable is None and self.latent_step_size is not None and has_latents:
-            size = float(jnp.max(state.cloud.pace.step_size))
-            unstable = faults.unstable_step("latent_step_size", diagnostics["latent_stability"], size)
-        found.append(unstable)
-        if unstable is None and has_latents and int(state.num_updates) > SETTLED:
+        stable = self._instability(state, diagnostics) is None
+        if stable and has_latents and int(state.num_updates) > SETTLED:
             found.append(faults.biased_latents(float(np.median(diagnostics["latent_bias"][num // 2 :]))))
             found.append(faults.frozen_particles(acceptance))
         faults.warn_of(found)

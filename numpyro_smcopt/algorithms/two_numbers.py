@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from numpyro_smcopt.kernels.underdamped import IntegratorFn, stability_limit
 from numpyro_smcopt.theta_momentum import Number
+
+BISECTIONS = 40
 
 
 def two_numbers(
@@ -73,6 +76,26 @@ def _is_number(value: Any) -> bool:
 
 def _as_number(value: Number) -> Number:
     return float(value) if _is_number(value) else value  # type: ignore[arg-type]
+
+
+def stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
+    """By what a step has to be multiplied to be stable.
+
+    Args:
+        scheme: Makes the numbers of a step.
+        step_size: ``h``.
+        damping: ``z``.
+        excess: How many times larger ``h`` is than stable at the same ``z``.
+        coupled: Whether ``z`` is multiplied as well, as by a time step; the limit is then another.
+    """
+    if not coupled:
+        return 1 / excess
+    limit = lambda share: float(stability_limit(scheme(share * step_size, share * damping)))  # noqa: E731
+    curvature, stable, unstable = excess * limit(1.0), 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (stable + unstable) / 2
+        stable, unstable = (middle, unstable) if curvature < limit(middle) else (stable, middle)
+    return stable
 
 
 def check_preconditioner(preconditioner: Any) -> None:
