@@ -6,7 +6,7 @@ A chunk is a loop with a traced number of iterations that writes what it records
 compiled program serves chunks of every length, and nothing that a user sees depends on how a run is cut into chunks.
 """
 
-import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -101,10 +101,10 @@ class Pause(NamedTuple):
     action: Callable[[Any, Any, int], bool]
     until: int | None = None
 
-    def ahead(self, done: int) -> float:
-        """Updates from ``done`` to the next pause."""
+    def ahead(self, done: int) -> int:
+        """Updates from ``done`` to the next pause; if there is none, more than any run has."""
         ahead = self.every - done % self.every
-        return ahead if self.until is None or done + ahead <= self.until else math.inf
+        return ahead if self.until is None or done + ahead <= self.until else sys.maxsize
 
     def due(self, done: int) -> bool:
         """Whether there is a pause after ``done`` updates."""

@@ -364,7 +364,9 @@ class ParticleAlgorithm(abc.ABC):
         # The end of a short run has told it, if it is made longer.
         told = journal is not None and journal.ended and past is not None and any(self._early_faults(state, past[0]))
         # Both the warning and the decision come before the checkpoint, which then says that they were made.
-        pauses = () if told else (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
+        pauses: tuple[loop.Pause, ...] = (
+            () if told else (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
+        )
         pauses += () if stop is None else (loop.Pause(stop.every, arrived),)
         pauses += () if journal is None else journal.begin(state)
         progress = loop.ProgressBar(num_steps, _describe, done) if progress_bar else loop.SilentProgress()
