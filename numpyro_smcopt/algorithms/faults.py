@@ -127,8 +127,9 @@ def unmoved_theta(num_refused: int, num_updates: int) -> str | None:
     if not num_refused:
         return None
     return (
-        f"theta stayed where it was in {num_refused} of {num_updates} updates, because its gradient was not finite. "
-        "Use a smaller step_size, start elsewhere with init_params, or check the model for NaN."
+        f"theta stayed where it was in {num_refused} of {num_updates} updates, because its gradient, or the potential "
+        "of too many particles, was not finite. Use a smaller step_size, start elsewhere with init_params, or check "
+        "the model for NaN."
     )
 
 

@@ -36,6 +36,7 @@ from numpyro_smcopt.algorithms import budget, faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
 from numpyro_smcopt.algorithms.gradients import gradient_of_rest, surroundings
 from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator
+from numpyro_smcopt.algorithms.safeguards import next_caution
 from numpyro_smcopt.algorithms.start import (
     Start,
     draw_particles,
@@ -128,7 +129,8 @@ class MomentumState(NamedTuple):
         cloud: Velocities, pace and metric of the particles.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
-        num_refused: [] updates in which theta stayed because its gradient was not finite.
+        num_refused: [] updates in which theta stayed because its gradient was not finite, or nothing was where it led.
+        caution: [] factor on the step size of theta: one, or less after theta was refused.
         wrong_blocks: [] bool, whether the data contradict the partition.
         fingerprint: [] of the data.
         diagnostics: Scalars of the last update.
@@ -145,6 +147,7 @@ class MomentumState(NamedTuple):
     blocks: Blocks
     num_updates: Array
     num_refused: Array
+    caution: Array
     wrong_blocks: Array
     fingerprint: Array
     diagnostics: dict[str, Array]
@@ -360,10 +363,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 points=Particles(points.x),
                 log_weights=uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype),
                 motion=motion,
-                cloud=self._latents.init(velocity, metric, points, blocks),
+                cloud=self._latent_step(theta).init(velocity, metric, points, blocks),
                 blocks=blocks,
                 num_updates=zero,
                 num_refused=zero,
+                caution=jnp.ones((), flat.dtype),
                 wrong_blocks=jnp.asarray(False),
                 fingerprint=jnp.zeros((), jnp.uint32),
                 diagnostics={},
@@ -433,6 +437,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
             damping = -math.log(DEFAULT_MOMENTUM) if damping is None else damping
         return MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
 
+    def _latent_step(self, theta: Theta) -> LatentStep:
+        if self.bias_tolerance is None and not _information_is_affordable(theta):
+            return dataclasses.replace(self._latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
+        return self._latents
+
     # -- update -------------------------------------------------------------------------------------------------------
     def _controls(self, state: MomentumState) -> dict[str, Array]:
         theta, latents = state.motion.pace, state.cloud.pace
@@ -445,9 +454,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
         num_particles, num_blocks = state.log_weights.shape
-        terms_fn, flat, unravel = flat_terms(target, state.theta)
+        _, flat, unravel = flat_terms(target, state.theta)
         step = self._theta_step(target, state.theta, num_particles, num_blocks)
-        going = controlled(self.scheme, state.motion.pace, controls["step_size"], controls["momentum"])
+        latents = self._latent_step(state.theta)
+        step_size = state.caution * controls["step_size"]
+        going = controlled(self.scheme, state.motion.pace, step_size, controls["momentum"])
         latent_going = controlled(
             exponential, state.cloud.pace, controls["latent_step_size"], controls["latent_momentum"]
         )
@@ -462,23 +473,27 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
         # Theta; it stays where its gradient is not finite
         following, motion = step.update(state.motion, going, state.theta, around, noise)
-        sound = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
-        stay = state.motion._replace(velocity=jnp.zeros_like(flat))
-        following = jnp.where(sound, following, flat)
-        motion = jax.tree.map(lambda new, old: jnp.where(sound, new, old), motion, stay)
+        usable = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
+        following = jnp.where(usable, following, flat)
 
         # Particles
         place = flat if self.simultaneous else following
         potential = Potential(evaluator(target, unravel(place)), state.blocks)
-        num_normals = self._latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
+        num_normals = latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
         normals = draw_normals(key_latents, (num_particles, num_normals), flat.dtype)
-        moved = self._latents.move(normals, state.points.x, state.cloud, latent_going, potential)
+        moved = latents.move(normals, state.points.x, state.cloud, latent_going, potential)
         alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
         replaced = partial(_replaced, alive, state.blocks, state.points.x)
         moved = lax.cond(jnp.all(alive), lambda moved: moved, replaced, moved)
-        latents = self._latents
-        if self.bias_tolerance is None and not _information_is_affordable(state.theta):
-            latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
+
+        # Back, where hardly anything lives; then from rest, and with shorter steps
+        possible = _is_possible(state.blocks, alive, moved.terms)
+        sound = usable & possible
+        following = jnp.where(sound, following, flat)
+        stay = state.motion._replace(velocity=jnp.zeros_like(flat))
+        motion = jax.tree.map(lambda new, old: jnp.where(sound, new, old), motion, stay)
+
+        # What follows
         cloud, x = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
 
         refused = (~sound).astype(jnp.int32)
@@ -498,6 +513,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             cloud=cloud,
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
+            caution=next_caution(state.caution, possible, usable),
             rng_key=key_next,
             diagnostics=diagnostics,
         )
@@ -644,7 +660,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
             found.append(faults.frozen_particles(acceptance))
         faults.warn_of(found)
         lost = np.sum(diagnostics["num_nonfinite"]) > LARGEST_LOSS * num * state.log_weights.size
-        return Status.NON_FINITE if refused > num / 4 or lost else Status.FINISHED
+        diverged = refused > num / 4 or refused > 0 and not stable
+        return Status.NON_FINITE if diverged or lost else Status.FINISHED
 
 
 # -- small print -------------------------------------------------------------------------------------------------------
@@ -656,6 +673,12 @@ def _alive(blocks: Blocks, terms: tuple[Array, ...], coordinates: tuple[Array, .
     """[N, B] bool: in which blocks of which particles terms [N, K] and coordinates [N, D] are all finite."""
     parts = [blocks.sum_terms(v) for v in terms] + [blocks.sum_coordinates(v) for v in coordinates]
     return jnp.all(jnp.stack([jnp.isfinite(part) for part in parts]), 0)
+
+
+def _is_possible(blocks: Blocks, alive: Array, terms: Array) -> Array:
+    """[] bool: whether terms that depend on theta only are finite, and some particle of most blocks lives."""
+    free = jnp.all(jnp.isfinite(terms[0]) | (blocks.of_term != blocks.num_blocks))
+    return free & (jnp.sum(~jnp.any(alive, 0)) <= LARGEST_LOSS * alive.shape[1])
 
 
 def _replaced(alive: Array, blocks: Blocks, before: Array, moved: Moved) -> Moved:
