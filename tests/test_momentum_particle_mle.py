@@ -652,7 +652,15 @@ def test_a_particle_without_energy_takes_the_place_of_another():
             ValueError,
             ["Give either step_size and momentum or gamma, eta, time_step", "step_size=0.1", "exp"],
         ),
-        ({"latent_gamma": 0.1, "latent_eta": 1.0}, ValueError, ["latent_time_step is missing"]),
+        (
+            {"latent_gamma": 0.1, "latent_eta": 1.0},
+            ValueError,
+            ["latent_time_step is missing", "or latent_step_size and latent_momentum instead"],
+        ),
+        ({"gamma": 0.1, "eta": 1e-200, "time_step": 1e-200}, ValueError, ["gamma eta time_step = 0", "positive"]),
+        ({"momentum": lambda count: 1.2}, ValueError, [r"momentum must lie in \[0, 1\)", "got 1.2"]),
+        ({"latent_step_size": lambda count: -0.1}, ValueError, ["latent_step_size must be a positive", "got -0.1"]),
+        ({"step_size": np.ones(3)}, ValueError, ["step_size must be a positive number or a schedule of such", "array"]),
         ({"gamma": -1.0, "eta": 1.0, "time_step": 0.1}, ValueError, ["gamma must be a positive number", "got -1.0"]),
         ({"num_particles": 0}, ValueError, ["num_particles must be a positive integer"]),
         ({"averaging": -1}, ValueError, ["averaging must be a power of at least 0"]),
@@ -673,6 +681,12 @@ def test_a_particle_without_energy_takes_the_place_of_another():
 def test_settings_that_cannot_be_used(options, kind, parts):
     with pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{part})" for part in parts)):
         MomentumParticleMLE(toy, **options)
+
+
+def test_numbers_may_be_arrays_and_schedules_may_begin_at_zero():
+    given = MomentumParticleMLE(toy, step_size=jnp.asarray(0.25), momentum=np.asarray(0.5))
+    assert given.step_size == 0.25 and given.damping == pytest.approx(math.log(2))
+    MomentumParticleMLE(toy, step_size=optax.linear_schedule(0.0, 0.1, 10), momentum=0.5)
 
 
 def test_weights_are_asked_for_in_vain():
