@@ -6,6 +6,7 @@ A chunk is a loop with a traced number of iterations that writes what it records
 compiled program serves chunks of every length, and nothing that a user sees depends on how a run is cut into chunks.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -93,10 +94,21 @@ class Pause(NamedTuple):
     Attributes:
         every: Updates between two pauses, counted from the first update of the run.
         action: ``(state, records so far, updates so far)``; True ends the run.
+        until: Updates after which there are no more pauses; None for no end.
     """
 
     every: int
     action: Callable[[Any, Any, int], bool]
+    until: int | None = None
+
+    def ahead(self, done: int) -> int:
+        """Updates from ``done`` to the next pause; if there is none, more than any run has."""
+        ahead = self.every - done % self.every
+        return ahead if self.until is None or done + ahead <= self.until else sys.maxsize
+
+    def due(self, done: int) -> bool:
+        """Whether there is a pause after ``done`` updates."""
+        return done % self.every == 0 and (self.until is None or done <= self.until)
 
 
 def run_chunks(
@@ -131,7 +143,7 @@ def run_chunks(
     status, pace = Status.FINISHED, 1
     try:
         while here.done < num_steps and status is Status.FINISHED:
-            length = min([pace, num_steps - here.done, *(pause.every - here.done % pause.every for pause in pauses)])
+            length = min([pace, num_steps - here.done, *(pause.ahead(here.done) for pause in pauses)])
             start = time.monotonic()
             following, buffers = run_chunk(here.state, np.int32(length))
             piece = jax.tree.map(lambda b: np.asarray(b[:length]), jax.device_get(buffers))  # noqa: B023
@@ -140,7 +152,7 @@ def run_chunks(
             here = _Here(following, (*here.pieces, piece), here.done + length)
             progress.advance(length, piece)
             for pause in pauses:
-                if here.done % pause.every == 0:
+                if pause.due(here.done):
                     here = here._replace(pieces=(_concatenate(here.pieces),))
                     if pause.action(here.state, here.pieces[0], here.done):
                         status = Status.CONVERGED

@@ -7,6 +7,7 @@ Monte Carlo comparisons allow 4 standard errors.
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,111 @@ def test_a_step_beyond_the_limit_is_reported_with_the_limit():
     assert np.isfinite(result.params["theta"])
 
 
+traced = []
+
+
+@pytest.fixture(scope="module")
+def diverging():
+    """No latents, a step three times too long; the state at the start."""
+
+    def counted(y):
+        traced.append(None)
+        quadratic(y)
+
+    step_size = 3 * float(stability_limit(exponential(1.0, -math.log(0.9)))) / len(Y)
+    optimizer = MomentumParticleMLE(counted, step_size=step_size, momentum=0.9)
+    return optimizer, optimizer.init(random.key(0), Y)
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """How long the runs were when they were found to be unstable, and how often the user was told."""
+    lengths, told = [], []
+    look = MomentumParticleMLE._early_faults
+
+    def early_faults(self, state, diagnostics):
+        lengths.append(len(diagnostics["loss"]))
+        return look(self, state, diagnostics)
+
+    def showwarning(message, *args, **options):
+        if "beyond the stability limit" in str(message):
+            told.append(lengths[-1])
+
+    monkeypatch.setattr(MomentumParticleMLE, "_early_faults", early_faults)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = showwarning
+        yield told
+
+
+def test_a_diverging_run_is_told_after_fifty_updates_once_and_not_disturbed(diverging, heard, monkeypatch):
+    optimizer, state = diverging
+    run(optimizer, 3, Y, init_state=state)
+    assert heard == []  # too short to be judged
+    once = len(traced)
+    long = run(optimizer, 130, Y, init_state=state)
+    assert heard == [50] and len(traced) == once
+    run(optimizer, 30, Y, init_state=state)
+    assert heard == [50, 30]
+    monkeypatch.setattr("numpyro_smcopt.algorithms.faults.LAST_LOOK", 37)
+    other = run(optimizer, 130, Y, init_state=state)
+    assert heard == [50, 30, 37]
+    for one, two in zip(jax.tree.leaves(long.diagnostics), jax.tree.leaves(other.diagnostics), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_resumed_run_is_told_once(diverging, heard, monkeypatch, tmp_path):
+    optimizer, state = diverging
+
+    def begin(name, num_steps):
+        run(optimizer, num_steps, Y, init_state=state, checkpoint=tmp_path / name)
+
+    def go_on(name):
+        optimizer.resume(tmp_path / name, Y, num_steps=90, progress_bar=False)
+
+    begin("long", 60)
+    go_on("long")
+    assert heard == [50]
+    begin("short", 30)
+    go_on("short")
+    assert heard == [50, 30]
+    # Interrupted before anything was said.
+    advanced = []
+
+    def advance(self, steps, records):
+        advanced.append(steps)
+        if sum(advanced) >= 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("numpyro_smcopt.loop.SilentProgress.advance", advance)
+        patch.setattr("numpyro_smcopt.loop.CHUNK", 5)
+        begin("interrupted", 60)
+    assert heard == [50, 30] and sum(advanced) < 50
+    go_on("interrupted")
+    assert heard == [50, 30, 50]
+
+
+def test_each_of_several_diverging_runs_is_told_of(diverging):
+    optimizer, state = diverging
+    with pytest.warns(UserWarning) as record:
+        optimizer.run(None, 60, Y, init_state=[state, state], num_runs=2, progress_bar=False)
+    told = [str(warning.message) for warning in record if "stability" in str(warning.message)]
+    assert [message.split(":")[0] for message in told] == ["Run 0 of 2", "Run 1 of 2"]
+
+
+def test_a_time_step_is_called_by_its_name():
+    gamma, eta = 0.4, 30.0
+    optimizer = MomentumParticleMLE(quadratic, gamma=gamma, eta=eta, time_step=0.5)
+    with pytest.warns(UserWarning) as record:
+        run(optimizer, 50, Y)
+    text = " ".join(str(warning.message) for warning in record)
+    assert "time_step=0.5 is beyond the stability limit" in text
+    limit = float(text.split("Use time_step below about ")[1].split()[0].rstrip("."))
+    # Damping and step size both go with it.
+    np.testing.assert_allclose(stability_limit(exponential(limit / gamma, gamma * eta * limit)), len(Y), rtol=0.1)
+
+
 def test_a_latent_step_beyond_the_limit_is_reported_with_the_limit():
     limit = float(stability_limit(uncorrected(1.0, -math.log(0.5)))) / 2
     optimizer = MomentumParticleMLE(
@@ -315,6 +421,39 @@ def test_a_chosen_latent_step_keeps_the_bias_within_tolerance(kernel):
     if isinstance(kernel, kernels.MetropolisUnderdamped):
         assert 0.8 < np.mean(result.diagnostics["acceptance_rate"][150:]) < 0.97
         assert np.all(result.diagnostics["latent_bias"] == 0)
+
+
+def test_a_chosen_latent_step_is_stable_in_the_stiffest_of_many_directions():
+    """Curvature 1000 in one of 100 directions, which a power iteration finds late; elsewhere 1."""
+
+    def stiff(y):
+        theta = numpyro.param("theta", 0.0)
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([100]).to_event(1))
+        numpyro.sample("y", dist.Normal(theta + jnp.sum(x) / 10, 1 / math.sqrt(999)), obs=y)
+
+    settings = {"step_size": 1e-6, "momentum": 0.0, "num_particles": 32, "preconditioning": preconditioners.none}
+    optimizer = MomentumParticleMLE(stiff, bias_tolerance=0.15, **settings)
+    result = run(optimizer, 300, 0.0)
+    variance = np.var(np.sum(result.state.points.x, 1) / 10, ddof=1) * 1000
+    assert abs(0.85 * variance - 1) < STANDARD_ERRORS * math.sqrt(2 / 31)
+
+
+def test_a_chosen_latent_step_is_stable_between_walls_that_particles_seldom_meet():
+    """Curvature 400 beyond |x| = 1, where few particles are: the average curvature is about 20."""
+
+    def walls(y):
+        theta = numpyro.param("theta", 0.0)
+        with numpyro.plate("units", 4):
+            x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+            numpyro.factor("walls", -200 * jnp.maximum(jnp.abs(x) - 1, 0) ** 2)
+        numpyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    grid = np.linspace(-2, 2, 4001)
+    density = np.exp(-(grid**2) / 2 - 200 * np.maximum(np.abs(grid) - 1, 0) ** 2)
+    variance = np.sum(density * grid**2) / np.sum(density)
+    result = run(MomentumParticleMLE(walls, step_size=1e-2, momentum=0.0, num_particles=32), 300, 0.0)
+    assert np.all(np.var(result.state.points.x, 0) < 3 * variance)
+    assert np.all(np.asarray(result.state.cloud.pace.step_size) > 1e-4)
 
 
 @pytest.mark.parametrize(("num_params", "tolerance"), [(2, 0.05), (501, 0.15)])
@@ -513,11 +652,19 @@ def test_a_particle_without_energy_takes_the_place_of_another():
             ValueError,
             ["Give either step_size and momentum or gamma, eta, time_step", "step_size=0.1", "exp"],
         ),
-        ({"latent_gamma": 0.1, "latent_eta": 1.0}, ValueError, ["latent_time_step is missing"]),
+        (
+            {"latent_gamma": 0.1, "latent_eta": 1.0},
+            ValueError,
+            ["latent_time_step is missing", "or latent_step_size and latent_momentum instead"],
+        ),
+        ({"gamma": 0.1, "eta": 1e-200, "time_step": 1e-200}, ValueError, ["gamma eta time_step = 0", "positive"]),
+        ({"momentum": lambda count: 1.2}, ValueError, [r"momentum must lie in \[0, 1\)", "got 1.2"]),
+        ({"latent_step_size": lambda count: -0.1}, ValueError, ["latent_step_size must be a positive", "got -0.1"]),
+        ({"step_size": np.ones(3)}, ValueError, ["step_size must be a positive number or a schedule of such", "array"]),
         ({"gamma": -1.0, "eta": 1.0, "time_step": 0.1}, ValueError, ["gamma must be a positive number", "got -1.0"]),
         ({"num_particles": 0}, ValueError, ["num_particles must be a positive integer"]),
         ({"averaging": -1}, ValueError, ["averaging must be a power of at least 0"]),
-        ({"bias_tolerance": 1.5}, ValueError, ["bias_tolerance", "got 1.5"]),
+        ({"bias_tolerance": 0.6}, ValueError, [r"bias_tolerance .* within \(0, 0.5\]", "got 0.6", "latent_step_size"]),
         (
             {"kernel": kernels.HMC()},
             TypeError,
@@ -534,6 +681,12 @@ def test_a_particle_without_energy_takes_the_place_of_another():
 def test_settings_that_cannot_be_used(options, kind, parts):
     with pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{part})" for part in parts)):
         MomentumParticleMLE(toy, **options)
+
+
+def test_numbers_may_be_arrays_and_schedules_may_begin_at_zero():
+    given = MomentumParticleMLE(toy, step_size=jnp.asarray(0.25), momentum=np.asarray(0.5))
+    assert given.step_size == 0.25 and given.damping == pytest.approx(math.log(2))
+    MomentumParticleMLE(toy, step_size=optax.linear_schedule(0.0, 0.1, 10), momentum=0.5)
 
 
 def test_weights_are_asked_for_in_vain():

@@ -5,6 +5,7 @@
 The exact estimate of the model below is the mean of the data, with standard error ``sqrt(1.25 / 8)``.
 """
 
+import re
 import warnings
 
 import jax
@@ -17,8 +18,9 @@ import pytest
 from jax import random
 
 from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
-from numpyro_smcopt.algorithms.safeguards import SHORTER, SHORTEST, SLOWER, next_caution
+from numpyro_smcopt.algorithms.safeguards import RECOVERY, SHORTER, SHORTEST, SLOWER, next_caution
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
+from numpyro_smcopt.kernels.underdamped import exponential
 
 Y = (3 + 1.2 * np.random.default_rng(0).normal(size=8)).astype(np.float32)
 STANDARD_ERROR = np.sqrt(1.25 / 8)
@@ -95,8 +97,11 @@ def test_fits_without_weights_arrive_or_say_that_they_did_not(name):
     optimizer = UNWEIGHTED[name]()
     state = optimizer.init(random.key(1), Y, 0.0)
     for rate, statuses in ((0.01, {Status.FINISHED}), (0.1, {Status.FINISHED}), (0.5, {Status.NON_FINITE})):
-        with pytest.warns(UserWarning, match=r"not finite for \d+ particles; they took the place of others"):
+        with pytest.warns(UserWarning) as record:
             result = optimizer.run(None, 400, Y, rate, progress_bar=False, init_state=state)
+        told = " ".join(str(warning.message) for warning in record)
+        assert re.search(r"not finite for \d+ particles; they took the place of others", told)
+        assert rate == 0.5 or len(record) == 1
         # Each of 8 blocks of 64 particles meets a fault where it stood, or where it went.
         assert 0.7 * rate < np.sum(result.diagnostics["num_nonfinite"]) / (400 * 8 * 64) < 2.2 * rate
         assert result.status in statuses
@@ -169,6 +174,51 @@ def test_a_gradient_that_is_not_finite_skips_theta_and_slows_it():
     assert np.any(new.points.x != state.points.x)
     # Only the carried scores, which are that gradient particle by particle, say that it is not finite.
     no_nan(new._replace(points=new.points._replace(score=None)))
+
+
+def test_momentum_starts_from_rest_with_shorter_steps_after_a_gradient_that_was_not_finite():
+    def rough(y, smooth):
+        mean = numpyro.param("mean", 0.0)
+        # Where smooth is 0, the value is 0 and its slope in the parameter 0 * inf.
+        numpyro.factor("rough", jnp.sqrt((1 + jnp.square(mean)) * smooth) * 0.0)
+        numpyro.sample("y", dist.Normal(mean, 1.0).expand([8]).to_event(1), obs=y)
+
+    step_size, momentum = 0.02, 0.7
+    optimizer = MomentumParticleMLE(rough, step_size=step_size, momentum=momentum)
+    state = optimizer.init(random.key(0), Y, 1.0)
+    state, _ = optimizer.update(state, Y, 1.0)
+    moving = state._replace(theta={"mean": jnp.zeros(())})
+    state, loss = optimizer.update(moving, Y, 0.0)
+    assert state.theta["mean"] == 0.0 and state.diagnostics["num_refused"] == 1 and np.isfinite(loss)
+    assert np.all(moving.motion.velocity != 0) and np.all(state.motion.velocity == 0)
+    no_nan(state)
+
+    mean, velocity, caution = 0.0, 0.0, SLOWER
+    for _ in range(3):
+        np.testing.assert_allclose(state.caution, caution, rtol=1e-6)
+        by = exponential(caution * step_size, -np.log(momentum))
+        gradient = np.sum(mean + by.lookahead * velocity - Y)
+        mean, velocity = mean + by.carry * velocity - by.drift * gradient, by.decay * velocity - by.kick * gradient
+        state, _ = optimizer.update(state, Y, 1.0)
+        np.testing.assert_allclose(state.theta["mean"], mean, rtol=1e-5)
+        caution = min(RECOVERY * caution, 1.0)
+
+
+def test_momentum_is_taken_back_from_where_no_particle_has_an_energy():
+    optimizer = MomentumParticleMLE(
+        wall, step_size=0.1, momentum=0.5, latent_step_size=0.05, latent_momentum=0.3, num_particles=32
+    )
+    state = optimizer.init(random.key(0), Y)
+    cautions = []
+    for _ in range(60):
+        old = state
+        state, _ = optimizer.update(state, Y)
+        no_nan(state)
+        assert state.theta["mean"] <= 2.5
+        if state.diagnostics["num_refused"]:
+            cautions.append(float(state.caution / old.caution))
+            assert state.theta["mean"] == old.theta["mean"] and np.all(state.motion.velocity == 0)
+    assert min(cautions) < 0.3 and state.theta["mean"] > 2.0  # a step there, and a look there
 
 
 def test_caution_is_bounded_and_given_up():

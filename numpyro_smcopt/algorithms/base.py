@@ -107,6 +107,14 @@ class ParticleAlgorithm(abc.ABC):
     def _report_faults(self, state: Any, diagnostics: dict[str, Array]) -> Status:
         """Warn about what went wrong in a run, and say how it ended."""
 
+    def _early_faults(self, state: Any, diagnostics: dict[str, Array]) -> list[str | None]:
+        """What can be known to be wrong after `faults.LAST_LOOK` updates, so that a run need not end before it is told.
+
+        Told once: then, or at the end of a run that is shorter.
+        """
+        del state, diagnostics
+        return []
+
     def _attached(self) -> Any:
         """Arrays (a pytree) that belong to the algorithm itself; programs get them traced, as ``target.attached``."""
         return ()
@@ -346,9 +354,19 @@ class ParticleAlgorithm(abc.ABC):
                 path["theta"], path["gradient"], self._inverse_information(static, arrays, state)
             )
 
+        def look_early(state: Any, records: Any, done: int) -> bool:
+            del done
+            faults.warn_of(self._early_faults(state, records[0]))
+            return False
+
         program, done = self._run_program(), 0 if journal is None else journal.done
-        # The decision comes before the checkpoint, which then says that it was taken.
-        pauses: tuple[loop.Pause, ...] = () if stop is None else (loop.Pause(stop.every, arrived),)
+        # The end of a short run has told it, if it is made longer.
+        told = journal is not None and journal.ended and past is not None and any(self._early_faults(state, past[0]))
+        # Both the warning and the decision come before the checkpoint, which then says that they were made.
+        pauses: tuple[loop.Pause, ...] = (
+            () if told else (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
+        )
+        pauses += () if stop is None else (loop.Pause(stop.every, arrived),)
         pauses += () if journal is None else journal.begin(state)
         progress = loop.ProgressBar(num_steps, _describe, done) if progress_bar else loop.SilentProgress()
         state, records, status = loop.run_chunks(
@@ -358,7 +376,7 @@ class ParticleAlgorithm(abc.ABC):
             if journal.converged and len(records[0]["loss"]) == done:  # it had ended before
                 status = Status.CONVERGED
             journal.write(state, records, len(records[0]["loss"]), status)
-        return self._result(state, records, status)
+        return self._result(state, records, status, told)
 
     def _adopted(self, static: StaticArguments, arrays: list[Array], state: Any) -> Any:
         """A state to go on from, under the data."""
@@ -395,10 +413,12 @@ class ParticleAlgorithm(abc.ABC):
                 f"{budget.LARGEST_INFORMATION} parameters, which {type(self).__name__} does not announce here."
             )
 
-    def _result(self, state: Any, records: Any, status: Status) -> RunResult:
-        """What a run returns; warns of what went wrong in it."""
+    def _result(self, state: Any, records: Any, status: Status, told: bool = False) -> RunResult:
+        """What a run returns; warns of what went wrong in it, unless its first updates have ``told`` it before."""
         diagnostics, trajectory, path = records
         if status is not Status.INTERRUPTED:
+            if len(diagnostics["loss"]) < faults.LAST_LOOK and not told:
+                faults.warn_of(self._early_faults(state, diagnostics))
             found = self._report_faults(state, diagnostics)
             status = status if found is Status.FINISHED else found
             if path and status is Status.FINISHED and getattr(state.theta_state, "metric", None) is not None:

@@ -137,8 +137,9 @@ def unmoved_theta(num_refused: int, num_updates: int) -> str | None:
     if not num_refused:
         return None
     return (
-        f"theta stayed where it was in {num_refused} of {num_updates} updates, because its gradient was not finite. "
-        "Use a smaller step_size, start elsewhere with init_params, or check the model for NaN."
+        f"theta stayed where it was in {num_refused} of {num_updates} updates, because its gradient, or the potential "
+        "of too many particles, was not finite. Use a smaller step_size, start elsewhere with init_params, or check "
+        "the model for NaN."
     )
 
 
@@ -149,19 +150,26 @@ def replaced_particles(num_nonfinite: int) -> str | None:
     return f"The potential was not finite for {num_nonfinite} particles; they took the place of others."
 
 
-def unstable_step(name: str, stability: Array, step_size: float) -> str | None:
-    """The first updates used steps longer than the largest stable one, of which ``stability`` [T] is the fraction.
+def beyond_stability(stability: Array) -> float | None:
+    """How many times too long the steps of the first updates were, if they were.
 
     Where a motion explodes its velocity turns to the direction that does, so the curvature along it gives the limit.
+
+    Args:
+        stability: [T] step size as a fraction of the largest stable one.
     """
     beginning = stability[FIRST_LOOK:LAST_LOOK]
     beginning = beginning[np.isfinite(beginning) & (beginning > 0)]
     if not len(beginning) or np.mean(beginning > 1) < UNSTABLE_SHARE:
         return None
-    worst = float(np.median(beginning[beginning > 1]))
+    return float(np.median(beginning[beginning > 1]))
+
+
+def unstable_step(name: str, value: float, limit: float) -> str:
+    """The argument ``name`` makes steps that are longer than the largest stable one."""
     return (
-        f"{name}={step_size:.3g} is beyond the stability limit of this model: it diverges along some direction. Use "
-        f"{name} below about {step_size / worst:.2g}."
+        f"{name}={value:.3g} is beyond the stability limit of this model: it diverges along some direction. Use {name} "
+        f"below about {limit:.2g}."
     )
 
 

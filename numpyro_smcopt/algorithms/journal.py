@@ -26,7 +26,8 @@ class Journal:
         num_steps: Length of the whole run.
         done: Updates so far.
         stop: When the run ends before.
-        converged: Whether it has, so that nothing is left to be done.
+        ended: Whether the run has come to its end before, which may now be a later one.
+        converged: Whether it was ended by its stopping rule, so that nothing is left to be done.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Journal:
         num_steps: int,
         done: int = 0,
         stop: EarlyStop | None = None,
+        ended: bool = False,
         converged: bool = False,
     ) -> None:
         self.path, self.every, self.identity = Path(path), every, identity
-        self.num_steps, self.done, self.stop, self.converged = num_steps, done, stop, converged
+        self.num_steps, self.done, self.stop = num_steps, done, stop
+        self.ended, self.converged = ended, converged
 
     @classmethod
     def read(cls, path: str | os.PathLike, identity: dict[str, Any]) -> tuple["Journal", Saved]:
@@ -62,10 +65,12 @@ class Journal:
                     "what it was begun with, or begin a new run at another path."
                 )
         # A run that was ended by its stopping rule has arrived, whatever it was asked for.
-        ended = header["status"] == Status.CONVERGED.name
-        num_steps = header["done"] if ended else header["num_steps"]
+        converged = header["status"] == Status.CONVERGED.name
+        ended = converged or header["status"] == Status.FINISHED.name
+        num_steps = header["done"] if converged else header["num_steps"]
         stop = None if header["early_stop"] is None else EarlyStop(**header["early_stop"])
-        return cls(path, header["every"], header["identity"], num_steps, header["done"], stop, ended), saved
+        journal = cls(path, header["every"], header["identity"], num_steps, header["done"], stop, ended, converged)
+        return journal, saved
 
     def begin(self, state: Any) -> tuple[Pause, ...]:
         """Write the first checkpoint, if there is none, and say when the others are due."""

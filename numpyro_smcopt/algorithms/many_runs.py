@@ -95,6 +95,14 @@ def live(algorithm: Any, plan: Plan, states: Sequence[Any], rng_key: Array) -> R
     program = _program(algorithm)
     one = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)  # noqa: E731
 
+    def look_early(states: Any, records: Any, done: int) -> bool:
+        del done
+        for k in range(plan.num_runs):
+            state, own = one(states, k)._replace(blocks=blocks), {name: v[:, k] for name, v in records[0].items()}
+            found = algorithm._early_faults(state, own)
+            faults.warn_of(_named(k, plan, message) for message in found if message is not None)
+        return False
+
     def arrived(states: Any, records: Any, done: int) -> bool:
         del done
         theta, gradient = records[2]["theta"], records[2]["gradient"]
@@ -107,7 +115,8 @@ def live(algorithm: Any, plan: Plan, states: Sequence[Any], rng_key: Array) -> R
             for k in range(plan.num_runs)
         )
 
-    pauses = () if plan.stop is None else (loop.Pause(plan.stop.every, arrived),)
+    pauses: tuple[loop.Pause, ...] = (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
+    pauses += () if plan.stop is None else (loop.Pause(plan.stop.every, arrived),)
     progress = loop.ProgressBar(plan.num_steps, _describe) if plan.progress_bar else loop.SilentProgress()
     stacked, records, status = loop.run_chunks(
         lambda states, num: program(plan.static, plan.arrays, blocks, states, num),
@@ -122,8 +131,12 @@ def live(algorithm: Any, plan: Plan, states: Sequence[Any], rng_key: Array) -> R
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             results.append(algorithm._result(state, own, status))
-        faults.warn_of(f"Run {k} of {plan.num_runs}: {warning.message}" for warning in caught)
+        faults.warn_of(_named(k, plan, warning.message) for warning in caught)
     return _ranked(algorithm, plan, results, records[1], rng_key)
+
+
+def _named(k: int, plan: Plan, message: Any) -> str:
+    return f"Run {k} of {plan.num_runs}: {message}"
 
 
 def _program(algorithm: Any) -> Program:

@@ -36,6 +36,7 @@ from numpyro_smcopt.algorithms import budget, faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
 from numpyro_smcopt.algorithms.gradients import gradient_of_rest, surroundings
 from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator
+from numpyro_smcopt.algorithms.safeguards import next_caution
 from numpyro_smcopt.algorithms.start import (
     Start,
     draw_particles,
@@ -47,19 +48,26 @@ from numpyro_smcopt.algorithms.start import (
     warm_theta,
     warn_of_unfinished,
 )
-from numpyro_smcopt.algorithms.two_numbers import check_preconditioner, refuse_foreign_arguments, two_numbers
+from numpyro_smcopt.algorithms.two_numbers import (
+    check_preconditioner,
+    refuse_foreign_arguments,
+    stable_share,
+    two_numbers,
+)
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
 from numpyro_smcopt.kernels import HMC, Point, Potential, Preconditioner, Preconditioning, preconditioners
 from numpyro_smcopt.kernels.underdamped import (
     IntegratorFn,
     Moved,
+    Pace,
     Underdamped,
     VelocityKernel,
     controlled,
     exponential,
     nesterov,
+    uncorrected,
 )
-from numpyro_smcopt.latent_momentum import CloudState, LatentStep
+from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE, CloudState, LatentStep, forgotten
 from numpyro_smcopt.noise import draw_normals
 from numpyro_smcopt.objectives import (
     Cloud,
@@ -121,7 +129,8 @@ class MomentumState(NamedTuple):
         cloud: Velocities, pace and metric of the particles.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
-        num_refused: [] updates in which theta stayed because its gradient was not finite.
+        num_refused: [] updates in which theta stayed because its gradient was not finite, or nothing was where it led.
+        caution: [] factor on the step size of theta: one, or less after theta was refused.
         wrong_blocks: [] bool, whether the data contradict the partition.
         fingerprint: [] of the data.
         diagnostics: Scalars of the last update.
@@ -138,6 +147,7 @@ class MomentumState(NamedTuple):
     blocks: Blocks
     num_updates: Array
     num_refused: Array
+    caution: Array
     wrong_blocks: Array
     fingerprint: Array
     diagnostics: dict[str, Array]
@@ -183,8 +193,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
         restart: Whether theta drops its velocity where it leads uphill beyond the noise of the gradient.
         averaging: The estimate averages the iterates with weights that grow like this power of their number; None for
             the last iterate.
-        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause; by
-            default 0.05, or 0.15 where theta has more than 500 coordinates.
+        bias_tolerance: Relative bias of the latent variance that a latent step size chosen by default may cause, at
+            most 0.5; by default 0.05, or 0.15 where theta has more than 500 coordinates. The step is shorter where the
+            particles meet curvatures on which it would come near to diverging.
         init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for the first particles.
         partition: How independent blocks are found.
         handlers: NumPyro handlers that see the ``smcopt/...`` sites of every update.
@@ -265,12 +276,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
             raise ValueError(
                 f"averaging must be a power of at least 0, or None for the last iterate, got {averaging!r}."
             )
-        if bias_tolerance is not None and not 0 < bias_tolerance < 1:
-            raise ValueError(f"bias_tolerance is a relative bias within (0, 1), got {bias_tolerance!r}.")
+        if bias_tolerance is not None and not 0 < bias_tolerance <= LARGEST_TOLERANCE:
+            raise ValueError(
+                f"bias_tolerance is a relative bias within (0, {LARGEST_TOLERANCE:g}], got {bias_tolerance!r}. Steps "
+                "for a larger one would come too near to where moves diverge; to try them, give a latent_step_size."
+            )
         self.step_size, self.damping = two_numbers("", step_size, momentum, gamma, eta, time_step)
         self.latent_step_size, self.latent_damping = two_numbers(
             "latent_", latent_step_size, latent_momentum, latent_gamma, latent_eta, latent_time_step
         )
+        self._time_steps = {"": time_step, "latent_": latent_time_step}  # where they were given, to speak of them
         if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
             raise ValueError(
                 "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
@@ -348,10 +363,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 points=Particles(points.x),
                 log_weights=uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype),
                 motion=motion,
-                cloud=self._latents.init(velocity, metric, blocks),
+                cloud=self._latent_step(theta).init(velocity, metric, points, blocks),
                 blocks=blocks,
                 num_updates=zero,
                 num_refused=zero,
+                caution=jnp.ones((), flat.dtype),
                 wrong_blocks=jnp.asarray(False),
                 fingerprint=jnp.zeros((), jnp.uint32),
                 diagnostics={},
@@ -421,6 +437,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
             damping = -math.log(DEFAULT_MOMENTUM) if damping is None else damping
         return MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
 
+    def _latent_step(self, theta: Theta) -> LatentStep:
+        if self.bias_tolerance is None and not _information_is_affordable(theta):
+            return dataclasses.replace(self._latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
+        return self._latents
+
     # -- update -------------------------------------------------------------------------------------------------------
     def _controls(self, state: MomentumState) -> dict[str, Array]:
         theta, latents = state.motion.pace, state.cloud.pace
@@ -433,9 +454,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
         num_particles, num_blocks = state.log_weights.shape
-        terms_fn, flat, unravel = flat_terms(target, state.theta)
+        _, flat, unravel = flat_terms(target, state.theta)
         step = self._theta_step(target, state.theta, num_particles, num_blocks)
-        going = controlled(self.scheme, state.motion.pace, controls["step_size"], controls["momentum"])
+        latents = self._latent_step(state.theta)
+        step_size = state.caution * controls["step_size"]
+        going = controlled(self.scheme, state.motion.pace, step_size, controls["momentum"])
         latent_going = controlled(
             exponential, state.cloud.pace, controls["latent_step_size"], controls["latent_momentum"]
         )
@@ -450,24 +473,28 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
         # Theta; it stays where its gradient is not finite
         following, motion = step.update(state.motion, going, state.theta, around, noise)
-        sound = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
-        stay = state.motion._replace(velocity=jnp.zeros_like(flat))
-        following = jnp.where(sound, following, flat)
-        motion = jax.tree.map(lambda new, old: jnp.where(sound, new, old), motion, stay)
+        usable = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
+        following = jnp.where(usable, following, flat)
 
         # Particles
         place = flat if self.simultaneous else following
         potential = Potential(evaluator(target, unravel(place)), state.blocks)
-        num_normals = self._latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
+        num_normals = latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
         normals = draw_normals(key_latents, (num_particles, num_normals), flat.dtype)
-        moved = self._latents.move(normals, state.points.x, state.cloud, latent_going, potential)
+        moved = latents.move(normals, state.points.x, state.cloud, latent_going, potential)
         alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
         replaced = partial(_replaced, alive, state.blocks, state.points.x)
         moved = lax.cond(jnp.all(alive), lambda moved: moved, replaced, moved)
-        latents = self._latents
-        if self.bias_tolerance is None and not _information_is_affordable(state.theta):
-            latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
-        cloud = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
+
+        # Back, where hardly anything lives; then from rest, and with shorter steps
+        possible = _is_possible(state.blocks, alive, moved.terms)
+        sound = usable & possible
+        following = jnp.where(sound, following, flat)
+        stay = state.motion._replace(velocity=jnp.zeros_like(flat))
+        motion = jax.tree.map(lambda new, old: jnp.where(sound, new, old), motion, stay)
+
+        # What follows
+        cloud, x = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
 
         refused = (~sound).astype(jnp.int32)
         own = {"num_refused": refused} | step.diagnose(motion, going) | latents.diagnose(cloud, latent_going)
@@ -481,11 +508,12 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return state._replace(
             theta=unravel(following),
             params=target.constrain_params(unravel(step.estimate(motion))),
-            points=Particles(moved.x),
+            points=Particles(x),
             motion=motion,
             cloud=cloud,
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
+            caution=next_caution(state.caution, possible, usable),
             rng_key=key_next,
             diagnostics=diagnostics,
         )
@@ -542,7 +570,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 "need a new init."
             )
         wrong = blocks_are_wrong(random.fold_in(state.rng_key, 1), target, state.theta, state.points.x, state.blocks)
-        return state._replace(fingerprint=jnp.where(wrong, state.fingerprint, fingerprint), wrong_blocks=wrong)
+        fingerprint = jnp.where(wrong, state.fingerprint, fingerprint)
+        cloud = forgotten(state.cloud, state.fingerprint != fingerprint)
+        return state._replace(fingerprint=fingerprint, wrong_blocks=wrong, cloud=cloud)
 
     def evaluate(self, state: MomentumState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.
@@ -592,6 +622,29 @@ class MomentumParticleMLE(ParticleAlgorithm):
             return Damping.UNDER
         return Damping.OVER if ratio > math.sqrt(2) else Damping.CRITICAL
 
+    def _early_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> list[str | None]:
+        return [self._instability(state, diagnostics)]
+
+    def _instability(self, state: MomentumState, diagnostics: dict[str, Array]) -> str | None:
+        """A given step that diverges in the first updates, with its limit."""
+        excess = faults.beyond_stability(diagnostics["stability"])
+        if excess is not None:
+            return self._too_long("", self.scheme, state.motion.pace, excess)
+        excess = faults.beyond_stability(diagnostics["latent_stability"])
+        if excess is None or self.latent_step_size is None or not state.points.x.shape[1]:
+            return None
+        return self._too_long("latent_", uncorrected, state.cloud.pace, excess)
+
+    def _too_long(self, block: str, scheme: IntegratorFn, going: Pace, excess: float) -> str:
+        step_size, damping = float(np.max(going.step_size)), float(np.max(going.damping))
+        time_step = self._time_steps[block]
+        # Without a momentum of its own the damping of the particles is proportional to their step size.
+        coupled = time_step is not None or block == "latent_" and self.latent_damping is None
+        share = stable_share(scheme, step_size, damping, excess, coupled)
+        if time_step is not None:
+            return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
+        return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
+
     def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
         has_latents = state.points.x.shape[1] > 0
@@ -601,17 +654,14 @@ class MomentumParticleMLE(ParticleAlgorithm):
             faults.replaced_particles(int(np.sum(diagnostics["num_nonfinite"]))),
             faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
         ]
-        unstable = faults.unstable_step("step_size", diagnostics["stability"], float(state.motion.pace.step_size))
-        if unstable is None and self.latent_step_size is not None and has_latents:
-            size = float(jnp.max(state.cloud.pace.step_size))
-            unstable = faults.unstable_step("latent_step_size", diagnostics["latent_stability"], size)
-        found.append(unstable)
-        if unstable is None and has_latents and int(state.num_updates) > SETTLED:
+        stable = self._instability(state, diagnostics) is None
+        if stable and has_latents and int(state.num_updates) > SETTLED:
             found.append(faults.biased_latents(float(np.median(diagnostics["latent_bias"][num // 2 :]))))
             found.append(faults.frozen_particles(acceptance))
         faults.warn_of(found)
         lost = np.sum(diagnostics["num_nonfinite"]) > LARGEST_LOSS * num * state.log_weights.size
-        return Status.NON_FINITE if refused > num / 4 or lost else Status.FINISHED
+        diverged = refused > num / 4 or refused > 0 and not stable
+        return Status.NON_FINITE if diverged or lost else Status.FINISHED
 
 
 # -- small print -------------------------------------------------------------------------------------------------------
@@ -623,6 +673,12 @@ def _alive(blocks: Blocks, terms: tuple[Array, ...], coordinates: tuple[Array, .
     """[N, B] bool: in which blocks of which particles terms [N, K] and coordinates [N, D] are all finite."""
     parts = [blocks.sum_terms(v) for v in terms] + [blocks.sum_coordinates(v) for v in coordinates]
     return jnp.all(jnp.stack([jnp.isfinite(part) for part in parts]), 0)
+
+
+def _is_possible(blocks: Blocks, alive: Array, terms: Array) -> Array:
+    """[] bool: whether terms that depend on theta only are finite, and some particle of most blocks lives."""
+    free = jnp.all(jnp.isfinite(terms[0]) | (blocks.of_term != blocks.num_blocks))
+    return free & (jnp.sum(~jnp.any(alive, 0)) <= LARGEST_LOSS * alive.shape[1])
 
 
 def _replaced(alive: Array, blocks: Blocks, before: Array, moved: Moved) -> Moved:

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from numpyro_smcopt.kernels.underdamped import IntegratorFn, stability_limit
 from numpyro_smcopt.theta_momentum import Number
+
+BISECTIONS = 40
 
 
 def two_numbers(
@@ -48,31 +51,70 @@ def two_numbers(
     if given:
         for name, value in friction.items():
             if value is None:
-                raise ValueError(f"{', '.join(friction)} go together: {name} is missing.")
+                raise ValueError(
+                    f"{', '.join(friction)} go together: {name} is missing. Give it, or {block}step_size and "
+                    f"{block}momentum instead."
+                )
             if not _is_number(value) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        return time_step / gamma, gamma * eta * time_step  # type: ignore[operator]
-    if step_size is not None and not callable(step_size) and not (_is_number(step_size) and 0 < step_size < math.inf):
-        raise ValueError(f"{block}step_size must be a positive number or a schedule, got {step_size!r}.")
-    if momentum is None:
-        return _as_number(step_size), None
-    if callable(momentum):
-        schedule = momentum
-        return _as_number(step_size), lambda count: -jnp.log(jnp.asarray(schedule(count), jnp.result_type(float)))
-    if not _is_number(momentum) or not 0 <= momentum < 1:
+        gamma, eta, time_step = (float(value) for value in friction.values())  # type: ignore[arg-type]
+        numbers = time_step / gamma, gamma * eta * time_step
+        if not all(0 < number < math.inf for number in numbers):
+            raise ValueError(
+                f"{', '.join(friction)} = {gamma:g}, {eta:g}, {time_step:g} make a step size time_step / gamma of "
+                f"{numbers[0]:g} and a momentum exp(-gamma eta time_step) with gamma eta time_step = {numbers[1]:g}; "
+                "both must be positive and finite."
+            )
+        return numbers
+    shown = _first(step_size)
+    warming_up = callable(step_size) and shown == 0
+    if step_size is not None and not (_is_number(shown) and 0 < shown < math.inf or warming_up):
+        raise ValueError(f"{block}step_size must be a positive number or a schedule of such, got {shown!r}.")
+    shown = _first(momentum)
+    if momentum is not None and not (_is_number(shown) and 0 <= shown < 1):
         raise ValueError(
-            f"{block}momentum must lie in [0, 1), got {momentum!r}: it is the share of the velocity that is left "
+            f"{block}momentum must lie in [0, 1), got {shown!r}: it is the share of the velocity that is left "
             "after a step, and 0 is gradient descent."
         )
-    return _as_number(step_size), -math.log(momentum) if momentum > 0 else math.inf
+    step_size = float(step_size) if _is_number(step_size) else step_size  # type: ignore[arg-type]
+    if momentum is None:
+        return step_size, None
+    if callable(momentum):
+        schedule = momentum
+        return step_size, lambda count: -jnp.log(jnp.asarray(schedule(count), jnp.result_type(float)))
+    return step_size, -math.log(momentum) if momentum > 0 else math.inf
+
+
+def _first(value: Number) -> Any:
+    """A number, or what a schedule begins with."""
+    return value(np.zeros((), np.int32)) if callable(value) else value  # type: ignore[arg-type]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if isinstance(value, jax.core.Tracer):
+        return False
+    array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and not np.iscomplexobj(value)
+    return (array or isinstance(value, int | float | np.number)) and not isinstance(value, bool)
 
 
-def _as_number(value: Number) -> Number:
-    return float(value) if _is_number(value) else value  # type: ignore[arg-type]
+def stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
+    """By what a step has to be multiplied to be stable.
+
+    Args:
+        scheme: Makes the numbers of a step.
+        step_size: ``h``.
+        damping: ``z``.
+        excess: How many times larger ``h`` is than stable at the same ``z``.
+        coupled: Whether ``z`` is multiplied as well, as by a time step; the limit is then another.
+    """
+    if not coupled:
+        return 1 / excess
+    limit = lambda share: float(stability_limit(scheme(share * step_size, share * damping)))  # noqa: E731
+    curvature, stable, unstable = excess * limit(1.0), 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (stable + unstable) / 2
+        stable, unstable = (middle, unstable) if curvature < limit(middle) else (stable, middle)
+    return stable
 
 
 def check_preconditioner(preconditioner: Any) -> None:
