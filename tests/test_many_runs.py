@@ -164,7 +164,6 @@ def test_r_hat_is_that_of_numpyro_and_counts_rounding_as_none():
         ({"num_runs": 3, "init_params": {"rot": 0.0}}, r"init_params names \['rot'\]"),
         ({"num_runs": 2, "init_state": "state"}, "init_state must be a list of 2 states.*got str"),
         ({"num_runs": 2, "init_state": [1, 2, 3]}, "init_state must be a list of 2 states.*got 3 of them"),
-        ({"num_runs": 2, "checkpoint": "run"}, "A checkpoint holds a single run, but num_runs is 2"),
     ],
 )
 def test_options_are_checked(options, message, tmp_path, monkeypatch):

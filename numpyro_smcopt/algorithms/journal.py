@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 
 from numpyro_smcopt.checkpoint import Saved, load, save
@@ -27,6 +28,8 @@ class Journal:
         done: Updates so far.
         stop: When the run ends before.
         converged: Whether it has, so that nothing is left to be done.
+        num_runs: How many runs are made at once; state and records then have an axis for them.
+        ranking: Key of the ranking of several runs, which is written with them.
     """
 
     def __init__(
@@ -38,9 +41,12 @@ class Journal:
         done: int = 0,
         stop: EarlyStop | None = None,
         converged: bool = False,
+        num_runs: int = 1,
+        ranking: Any = None,
     ) -> None:
         self.path, self.every, self.identity = Path(path), every, identity
         self.num_steps, self.done, self.stop, self.converged = num_steps, done, stop, converged
+        self.num_runs, self.ranking, self._begun = num_runs, ranking, done
 
     @classmethod
     def read(cls, path: str | os.PathLike, identity: dict[str, Any]) -> tuple["Journal", Saved]:
@@ -65,7 +71,10 @@ class Journal:
         ended = header["status"] == Status.CONVERGED.name
         num_steps = header["done"] if ended else header["num_steps"]
         stop = None if header["early_stop"] is None else EarlyStop(**header["early_stop"])
-        return cls(path, header["every"], header["identity"], num_steps, header["done"], stop, ended), saved
+        num_runs = header.get("num_runs", 1)  # older files hold one, and do not say so
+        ranking = jnp.asarray(saved.arrays["['ranking']"]) if num_runs > 1 else None
+        same = header["every"], header["identity"], num_steps, header["done"], stop, ended, num_runs, ranking
+        return cls(path, *same), saved
 
     def begin(self, state: Any) -> tuple[Pause, ...]:
         """Write the first checkpoint, if there is none, and say when the others are due."""
@@ -79,14 +88,22 @@ class Journal:
         header = {
             "versions": versions(),
             "num_steps": self.num_steps,
+            "num_runs": self.num_runs,
             "every": self.every,
             "done": done,
             "early_stop": None if self.stop is None else dataclasses.asdict(self.stop),
             "status": None if status is None else status.name,
             "identity": self.identity,
         }
-        save(self.path, header, {"state": state} if records is None else {"state": state, "records": records})
+        parts = {"state": state, "records": records, "ranking": self.ranking}
+        save(self.path, header, {name: part for name, part in parts.items() if part is not None})
         return False
+
+    def end(self, state: Any, records: Any, done: int, status: Status) -> Status:
+        """Write the last checkpoint, and say how the run ended, which may have been before it was resumed."""
+        status = Status.CONVERGED if self.converged and done == self._begun else status
+        self.write(state, records, done, status)
+        return status
 
 
 def check_path(path: str | os.PathLike) -> None:
