@@ -105,6 +105,19 @@ def test_a_hundred_runs_stop_at_the_maximum_and_none_on_noise(best):
     assert np.mean(gaps) < rule.tolerance and np.max(gaps) < 10 * rule.tolerance
 
 
+def test_none_of_a_hundred_runs_on_their_way_stops(best):
+    """At the first look the mean of the tail still lacks more than the tolerance."""
+    optimizer = SMCOptimizer(counts, optax.sgd(1.5e-3), kernel=MALA(), num_particles=64, partition=one_block)
+    state = optimizer.init(random.key(0), Y, init_params={"mean": 1.0})
+    for seed in range(100):
+        run = optimizer.run(
+            random.key(0), 250, Y, progress_bar=False, init_state=state._replace(rng_key=random.key(seed)),
+            early_stop=EarlyStop(tolerance=0.01),
+        )  # fmt: skip
+        assert best - log_likelihood(np.mean(run.trajectory["mean"][125:])) > 0.02
+        assert run.status is Status.FINISHED
+
+
 def test_the_default_stops_early_resumes_and_is_off_unless_asked_for(best, tmp_path):
     optimizer = SMCOptimizer(counts)
     run = optimizer.run(random.key(1), 1000, Y, progress_bar=False, early_stop=True, checkpoint=tmp_path / "run")
