@@ -307,6 +307,9 @@ def test_paths_are_checked_before_anything_is_computed(begun, tmp_path):
         run(begun)
     with pytest.raises(FileNotFoundError, match="There is no directory"):
         run(tmp_path / "absent" / "run")
+    for path in ("", tmp_path, "run\0"):
+        with pytest.raises(ValueError, match="checkpoint must be the path of a file, but .* is none"):
+            run(path)
     with pytest.raises(ValueError, match="checkpoint_every must be a positive integer, got 0"):
         run(tmp_path / "run", 0)
     with pytest.raises(FileNotFoundError):

@@ -111,11 +111,14 @@ def check_path(path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: If it is no path.
+        ValueError: If it cannot be that of a file.
         FileExistsError: If there is a file already, which would be destroyed.
         FileNotFoundError: If there is no directory to hold it.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"checkpoint must be the path of a file, got {path!r}.")
+    if "\0" in os.fspath(path) or Path(path).is_dir():
+        raise ValueError(f"checkpoint must be the path of a file, but {os.fspath(path)!r} is none.")
     if Path(path).exists():
         raise FileExistsError(
             f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."
