@@ -95,14 +95,17 @@ def stack(states: Sequence[Any]) -> Any:
         ValueError: If they have not the same partition.
     """
     blocks = _shared_blocks(states)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state._replace(blocks=None) for state in states))
-    return stacked._replace(blocks=blocks)
+    return _stacked(*(state._replace(blocks=None) for state in states))._replace(blocks=blocks)
 
 
-def _one(stacked: Any, k: int) -> Any:
-    """The state of one run."""
-    state = jax.tree.map(lambda leaf: leaf[k], stacked._replace(blocks=None))
-    return state._replace(blocks=stacked.blocks)
+def part(stacked: Any, k: int) -> Any:
+    """The state of one of stacked runs."""
+    return _picked(stacked._replace(blocks=None), k)._replace(blocks=stacked.blocks)
+
+
+# Each compiled as one program, not as one for every shape of a leaf.
+_stacked = jax.jit(lambda *states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+_picked = jax.jit(lambda stacked, k: jax.tree.map(lambda leaf: leaf[k], stacked))
 
 
 def stacked_shapes(state: Any, num_runs: int) -> Any:
@@ -143,7 +146,7 @@ def live(
             plan.stop.arrived(
                 theta[:, k],
                 gradient[:, k],
-                algorithm._inverse_information(plan.static, plan.arrays, _one(stacked, k)),
+                algorithm._inverse_information(plan.static, plan.arrays, part(stacked, k)),
             )
             for k in range(plan.num_runs)
         )
@@ -158,7 +161,7 @@ def live(
         status = journal.end(stacked, records, len(records[0]["loss"]), status)
     results = []
     for k in range(plan.num_runs):
-        state, own = _one(stacked, k), jax.tree.map(lambda v: v[:, k], records)  # noqa: B023
+        state, own = part(stacked, k), jax.tree.map(lambda v: v[:, k], records)  # noqa: B023
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             results.append(algorithm._result(state, own, status))
@@ -225,8 +228,7 @@ def _shared_blocks(states: Sequence[Any]) -> Blocks:
     """
     first = states[0].blocks
     for k, state in enumerate(states):
-        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), first, state.blocks)
-        if not all(jax.tree.leaves(same)):
+        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, first, state.blocks))):
             raise ValueError(
                 f"At the starting values of run {k} the latents depend on one another in another way than at those of "
                 "run 0. Start elsewhere with init_params, or use partition=numpyro_smcopt.one_block."
