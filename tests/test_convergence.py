@@ -57,6 +57,7 @@ def test_what_is_missing_when_it_stops_is_what_it_says(noise, correlation, gain)
 def test_motion_is_told_from_noise():
     theta, gradient = descent(0, 300, 0.1, 0.0, 0.002)
     assert look(theta, gradient, np.eye(2)).moving
+    assert not EarlyStop(tolerance=1e9).arrived(theta, gradient, np.eye(2))
     moving = [look(*descent(seed, 1000, 0.5, 0.9, 1.0), np.eye(2)).moving for seed in range(100)]
     assert sum(moving) <= 1  # a level of one in a thousand
     assert look(theta[:19], gradient[:19], np.eye(2)) is None
