@@ -6,10 +6,12 @@
 
 BANK is a folder with `problems.py` (``PROBLEMS``: models, data). Along a run with the defaults, the direction of each
 update is stretched to the length that the rule allows for each target, and the particles are weighed at its end. Both
-rules are shown: the closed form (``exp(-Var)`` to first order) and the bisection on the weights themselves.
+rules are shown: the closed form (``exp(-Var)`` to first order) and the bisection on the weights themselves. The table
+has a third, which is no rule of the package: increments of first order, weighed without taking them for Gaussian.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -25,7 +27,22 @@ from numpyro_smcopt.target import flat_terms
 from numpyro_smcopt.weights import kept_fraction, weighted_variance
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-RULES = {"closed form": FirstOrderLimit, "bisection": BisectedLimit}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearLimit:
+    """The length at which increments ``-length * slope`` would leave exactly the target."""
+
+    target_ess: float
+
+    def __call__(self, probe, step):
+        slopes = probe.slopes(step)
+        straight = probe._replace(slopes=lambda _: slopes, increments=lambda length: -length[0] * slopes)
+        return BisectedLimit(self.target_ess, num_trials=24)(straight, jnp.ones(1))
+
+
+RULES = {"closed form": FirstOrderLimit, "bisection": BisectedLimit, "linear": LinearLimit}
+DRAWN = ("closed form", "bisection")
 LONG = 30.0  # standard deviations of the log weights that the unlimited step would cause: every step is limited
 
 
@@ -66,7 +83,7 @@ def draw(found, path):
     for axes, (name, values) in zip(np.atleast_1d(panels), found.items(), strict=True):
         axes.plot([0.45, 1.0], [0.45, 1.0], color="black", linewidth=0.8, label="as promised")
         axes.fill_between([0.45, 1.0], [0.405, 0.9], [0.495, 1.1], color="black", alpha=0.08, linewidth=0, label="10 %")
-        for k, rule in enumerate(RULES):
+        for k, rule in enumerate(DRAWN):
             middle, low, high = values[:, k].mean(0), *np.quantile(values[:, k], [0.05, 0.95], axis=0)
             places = np.array(TARGETS) + 0.008 * (k - 0.5)
             axes.errorbar(

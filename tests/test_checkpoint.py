@@ -20,8 +20,9 @@ import optax
 import pytest
 from jax import random
 
-from numpyro_smcopt import SMCOptimizer, Status
+from numpyro_smcopt import EarlyStop, SMCOptimizer, Status
 from numpyro_smcopt.checkpoint import load, restore, save
+from numpyro_smcopt.handlers import adapt_step_size
 from numpyro_smcopt.kernels import MALA, RandomWalk
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -306,7 +307,94 @@ def test_paths_are_checked_before_anything_is_computed(begun, tmp_path):
         run(begun)
     with pytest.raises(FileNotFoundError, match="There is no directory"):
         run(tmp_path / "absent" / "run")
+    for path in ("", tmp_path, "run\0"):
+        with pytest.raises(ValueError, match="checkpoint must be the path of a file, but .* is none"):
+            run(path)
     with pytest.raises(ValueError, match="checkpoint_every must be a positive integer, got 0"):
         run(tmp_path / "run", 0)
     with pytest.raises(FileNotFoundError):
         optimizer().resume(tmp_path / "run", SMALL)
+
+
+# -- several runs in one file ------------------------------------------------------------------------------------------
+def steered():
+    handlers = [adapt_step_size()]
+    return SMCOptimizer(normal, optax.adam(0.05), kernel=RandomWalk(), num_particles=16, handlers=handlers)
+
+
+TOGETHER = {"num_runs": 3, "init_params": {"mean": np.array([-1.0, 0.0, 5.0])}}
+
+
+@pytest.fixture(scope="module")
+def together():
+    one = steered()
+    return one, one.run(random.key(0), 90, SMALL, progress_bar=False, **TOGETHER)
+
+
+def same_runs(one, other):
+    for result in (one, other):
+        assert {run.status for run in result.runs.results} == {result.status}
+    assert one.status is other.status and one.runs.best == other.runs.best
+    same(
+        [run._replace(status=None) for run in one.runs.results],
+        [run._replace(status=None) for run in other.runs.results],
+    )
+    same(one.runs[2:], other.runs[2:])
+
+
+def test_several_runs_go_on_in_a_new_object_as_if_nothing_had_been(tmp_path, monkeypatch, together):
+    one, uninterrupted = together
+
+    class Killed(Impatient):
+        def advance(self, steps, records):
+            self.left -= steps
+            if self.left <= 70:
+                raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("numpyro_smcopt.loop.ProgressBar", Killed)
+        one.run(random.key(0), 90, SMALL, checkpoint=tmp_path / "run", checkpoint_every=20, **TOGETHER)
+    assert load(tmp_path / "run").header["done"] == 40
+    same_runs(steered().resume(tmp_path / "run", SMALL, progress_bar=False), uninterrupted)
+    # The file now holds the end, and says so again.
+    same_runs(one.resume(tmp_path / "run", SMALL, progress_bar=False), uninterrupted)
+
+
+def test_several_runs_that_are_interrupted_come_back_and_can_be_resumed(tmp_path, monkeypatch, together):
+    one, uninterrupted = together
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "numpyro_smcopt.loop.ProgressBar", lambda num, describe, done: Impatient(num, describe, 70 + done)
+        )
+        result = one.run(random.key(0), 90, SMALL, checkpoint=tmp_path / "run", **TOGETHER)
+    assert {run.status for run in result.runs.results} == {Status.INTERRUPTED}
+    for run, whole in zip(result.runs.results, uninterrupted.runs.results, strict=True):
+        assert 50 <= len(run.losses) < 90
+        np.testing.assert_array_equal(run.losses, whole.losses[: len(run.losses)])
+    same_runs(one.resume(tmp_path / "run", SMALL, progress_bar=False), uninterrupted)
+
+
+def test_several_runs_that_converged_stay_so_and_can_be_made_longer(tmp_path, monkeypatch, together):
+    one, uninterrupted = together
+    monkeypatch.setattr(EarlyStop, "arrived", lambda self, theta, *rest: len(theta) == 40)
+    options = {"progress_bar": False, "checkpoint": tmp_path / "run", "early_stop": EarlyStop(every=20)}
+    stopped = one.run(random.key(0), 90, SMALL, **options, **TOGETHER)
+    assert stopped.status is Status.CONVERGED and len(stopped.losses) == 40
+    same_runs(one.resume(tmp_path / "run", SMALL, progress_bar=False), stopped)
+    same_runs(one.resume(tmp_path / "run", SMALL, num_steps=90, progress_bar=False), uninterrupted)
+
+
+def test_the_checkpoint_of_other_runs_is_refused(tmp_path, together):
+    one, _ = together
+    one.run(random.key(0), 2, SMALL, progress_bar=False, checkpoint=tmp_path / "run", **TOGETHER)
+    for other, data, message in (
+        (one, SMALL + 1, "the data differ"),
+        (optimizer(), SMALL, "an array at .*mutable_state.*, but with .* is nothing"),
+        (SMCOptimizer(normal, ADAM, kernel=RandomWalk(), num_particles=8), SMALL, "`num_particles` was 16 and is 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.resume(tmp_path / "run", data, progress_bar=False)
+    with pytest.raises(FileExistsError, match="Go on with it by resume"):
+        one.run(random.key(0), 2, SMALL, progress_bar=False, checkpoint=tmp_path / "run", **TOGETHER)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_runs'"):
+        one.resume(tmp_path / "run", SMALL, num_runs=2, progress_bar=False)

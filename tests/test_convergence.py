@@ -57,6 +57,7 @@ def test_what_is_missing_when_it_stops_is_what_it_says(noise, correlation, gain)
 def test_motion_is_told_from_noise():
     theta, gradient = descent(0, 300, 0.1, 0.0, 0.002)
     assert look(theta, gradient, np.eye(2)).moving
+    assert not EarlyStop(tolerance=1e9).arrived(theta, gradient, np.eye(2))
     moving = [look(*descent(seed, 1000, 0.5, 0.9, 1.0), np.eye(2)).moving for seed in range(100)]
     assert sum(moving) <= 1  # a level of one in a thousand
     assert look(theta[:19], gradient[:19], np.eye(2)) is None
@@ -103,6 +104,19 @@ def test_a_hundred_runs_stop_at_the_maximum_and_none_on_noise(best):
             gaps.append(best - log_likelihood(np.mean(run.trajectory["mean"][lengths[-1] // 2 :])))
     assert len(gaps) > 50
     assert np.mean(gaps) < rule.tolerance and np.max(gaps) < 10 * rule.tolerance
+
+
+def test_none_of_a_hundred_runs_on_their_way_stops(best):
+    """At the first look the mean of the tail still lacks more than the tolerance."""
+    optimizer = SMCOptimizer(counts, optax.sgd(1.5e-3), kernel=MALA(), num_particles=64, partition=one_block)
+    state = optimizer.init(random.key(0), Y, init_params={"mean": 1.0})
+    for seed in range(100):
+        run = optimizer.run(
+            random.key(0), 250, Y, progress_bar=False, init_state=state._replace(rng_key=random.key(seed)),
+            early_stop=EarlyStop(tolerance=0.01),
+        )  # fmt: skip
+        assert best - log_likelihood(np.mean(run.trajectory["mean"][125:])) > 0.02
+        assert run.status is Status.FINISHED
 
 
 def test_the_default_stops_early_resumes_and_is_off_unless_asked_for(best, tmp_path):

@@ -78,6 +78,19 @@ def test_mixture_is_tuned_to_the_optimum_by_quadrature(tmp_path):
     assert best - 0.02 < found <= best and start < best - 0.2
 
 
+def test_step_sizes_are_adapted_from_both_sides(tmp_path):
+    figure = tmp_path / "step_sizes.png"
+    done = run_python("examples/step_sizes.py", "--num-steps", "80", "--output", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    rows = re.findall(r"^ +(\d\.\de-\d+) +(\S+) +(\S+) +(\S+)$", done.stdout, re.MULTILINE)
+    start, fixed, adapted, end = map(list, zip(*(map(float, row) for row in rows), strict=True))
+    assert start == [3e-4, 3e-3, 3e-2, 3e-1]
+    # One step that is far too small, one that is far too large: 80 updates change them by up to 1.03^80 = 10.6.
+    assert fixed[0] > 0.99 and end[0] > 8 * start[0]
+    assert fixed[3] < 0.2 and adapted[3] > fixed[3] + 0.3 and end[3] < start[3] / 2
+
+
 def test_energy_based_model_is_trained_and_tuned(tmp_path):
     figure = tmp_path / "energy.png"
     sizes = {"num-data": 500, "batch-size": 100, "width": 8, "num-particles": 200, "train-steps": 30, "tune-steps": 10}

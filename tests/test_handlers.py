@@ -4,6 +4,8 @@
 
 import dataclasses
 import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer,
 from numpyro_smcopt.adaptation import EssRule, FirstOrderLimit, RobbinsMonro
 from numpyro_smcopt.handlers import adapt, adapt_learning_rate, adapt_step_size, anneal, control, limit_theta_step
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
+from numpyro_smcopt.kernels.underdamped import exponential, pace
 
 Y = np.array([1.0, 2.0, 4.5], np.float32)
 
@@ -31,18 +34,74 @@ def normal(y):
         numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
 
-def build(**options):
-    """Resamples at every update, and walks far."""
-    kernel = RandomWalk(0.3, target=None)
-    return SMCOptimizer(
-        normal, optax.sgd(0.05), kernel=kernel, num_particles=8, partition=one_block, ess_threshold=1.0, **options
-    )
+PACES = {"step_size": 0.02, "momentum": 0.9, "latent_step_size": 0.1, "latent_momentum": 0.5}
+OBJECTS = {
+    # Resamples at every update, and walks far.
+    SMCOptimizer: {"optim": optax.sgd(0.05), "kernel": RandomWalk(0.3, target=None), "ess_threshold": 1.0},
+    MomentumParticleMLE: PACES,
+    ImplicitDiffusion: {"optim": optax.sgd(0.05), "sampler": RandomWalk(0.3)},
+}
+
+
+def build(kind=SMCOptimizer, **options):
+    if kind is not ImplicitDiffusion:
+        options["partition"] = one_block
+    return kind(normal, num_particles=8, **OBJECTS[kind], **options)
+
+
+class Subject(NamedTuple):
+    """An object, a state, what follows, and what was compiled outside of all handlers."""
+
+    kind: type
+    optimizer: Any
+    state: Any
+    plain: Any
+    numbers: dict  # control sites and their values
+    jitted: Callable
+    scanned: Callable
+
+    def untouched(self):
+        """Whether nothing of a handler stayed behind; compared with the same program before."""
+        states = (self.optimizer.update(self.state, Y)[0], self.jitted(self.state), self.scanned(self.state))
+        return all(equal(new, self.plain, 1e-5) for new in states)
+
+
+def seen(state):
+    """What an update changes: parameters, particles, velocities, counts."""
+    velocities = [getattr(state, name).velocity for name in ("motion", "cloud") if hasattr(state, name)]
+    return [state.theta["mean"], state.points.x, *velocities, state.diagnostics.get("num_resampled", 0)]
+
+
+def equal(one, other, gap):
+    return all(np.max(np.abs(a - b)) <= gap for a, b in zip(seen(one), seen(other), strict=True))
 
 
 @pytest.fixture(scope="module")
-def plain():
-    optimizer = build()
-    return optimizer, optimizer.init(random.key(0), Y)
+def subjects():
+    made = {}
+    for kind in OBJECTS:
+        optimizer = build(kind)
+        state = optimizer.init(random.key(0), Y)
+        for _ in range(3):  # a first update starts from rest
+            state, _ = optimizer.update(state, Y)
+        jitted = jax.jit(lambda state, optimizer=optimizer: optimizer.update(state, Y)[0])
+
+        def body(state, _, optimizer=optimizer):
+            return optimizer.update(state, Y)[0], None
+
+        scanned = jax.jit(lambda state, body=body: jax.lax.scan(body, state, None, length=1)[0])
+        with trace() as sites:
+            plain, _ = optimizer.update(state, Y)
+        numbers = {name.removeprefix("smcopt/"): site["value"] for name, site in sites.items()}
+        numbers = {name: value for name, value in numbers.items() if name in SITES[kind] and not callable(value)}
+        made[kind] = Subject(kind, optimizer, state, plain, numbers, jitted, scanned)
+        assert made[kind].untouched()
+    return made
+
+
+@pytest.fixture(scope="module")
+def plain(subjects):
+    return subjects[SMCOptimizer].optimizer, subjects[SMCOptimizer].state
 
 
 # -- the matrix --------------------------------------------------------------------------------------------------------
@@ -54,152 +113,220 @@ def shift(old, new):
     return float(abs(new.theta["mean"] - old.theta["mean"]))
 
 
-# Site: a value, and whether an update looks as if it had acted.
+def as_from(**values):
+    """Whether an update with momentum is that of a state whose paces were these already."""
+
+    def acted(subject, new):
+        chosen = subject.state
+        for part, prefix in (("motion", ""), ("cloud", "latent_")):
+            block = getattr(chosen, part)
+            step_size = jnp.full_like(block.pace.step_size, values.get(f"{prefix}step_size", block.pace.step_size))
+            momentum = jnp.full_like(block.pace.momentum, values.get(f"{prefix}momentum", block.pace.momentum))
+            chosen = chosen._replace(**{part: block._replace(pace=pace(exponential, step_size, -jnp.log(momentum)))})
+        expected, _ = subject.optimizer.update(chosen, Y)
+        assert not equal(expected, subject.plain, 1e-2)
+        return equal(new, expected, 1e-4)
+
+    return acted
+
+
+FASTER = {"step_size": 0.2, "momentum": 0.5, "latent_step_size": 0.2, "latent_momentum": 0.25}
 SITES = {
-    "step_size": (0.0, lambda old, new: not moved(old, new)),
-    "ess_threshold": (0.0, lambda old, new: new.diagnostics["num_resampled"] == 0),
-    "resample": (False, lambda old, new: new.diagnostics["num_resampled"] == 0),
-    "learning_rate": (0.0, lambda old, new: shift(old, new) == 0),
-    "theta_limit": (FirstOrderLimit(0.9999), lambda old, new: 0 < shift(old, new) < 0.02),
+    SMCOptimizer: {
+        "step_size": (0.0, lambda subject, new: not moved(subject.state, new)),
+        "ess_threshold": (0.0, lambda subject, new: new.diagnostics["num_resampled"] == 0),
+        "resample": (False, lambda subject, new: new.diagnostics["num_resampled"] == 0),
+        "learning_rate": (0.0, lambda subject, new: shift(subject.state, new) == 0),
+        "theta_limit": (FirstOrderLimit(0.9999), lambda subject, new: 0 < shift(subject.state, new) < 0.02),
+    },
+    MomentumParticleMLE: {site: (value, as_from(**{site: value})) for site, value in FASTER.items()},
+    ImplicitDiffusion: {
+        "learning_rate": (0.0, lambda subject, new: shift(subject.state, new) == 0),
+        "step_size": (0.0, lambda subject, new: not moved(subject.state, new)),
+    },
 }
+EVERY_SITE = pytest.mark.parametrize(
+    ("kind", "site"),
+    [(kind, site) for kind, sites in SITES.items() for site in sites],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 
 
-def ambient(handler, optimizer, state):
-    with handler():
-        return optimizer.update(state, Y)[0]
+def names(data):
+    return {f"smcopt/{site}": value for site, value in data.items()}
 
 
-def bound(handler, optimizer, state):
-    return build(handlers=[handler()]).update(state, Y)[0]
+def ambient(subject):
+    """Around the update; nothing is compiled for a new value."""
+    for site, (value, _) in SITES[subject.kind].items():
+        with substitute(data=names({site: value})):
+            new, _ = subject.optimizer.update(subject.state, Y)
+        yield site, new
 
 
-def inside_a_jit(handler, optimizer, state):
-    def update(state):
-        with handler():
-            return optimizer.update(state, Y)[0]
-
-    return jax.jit(update)(state)
-
-
-def inside_a_scan(handler, optimizer, state):
-    def body(state, _):
-        with handler():
-            return optimizer.update(state, Y)[0], None
-
-    return jax.lax.scan(body, state, None, length=1)[0]
+def bound(subject):
+    data = {}
+    optimizer = build(subject.kind, handlers=[substitute(data=data)])
+    for site, (value, _) in SITES[subject.kind].items():
+        data.clear()
+        data |= names({site: value})
+        yield site, optimizer.update(subject.state, Y)[0]
 
 
-def in_run(handler, optimizer, state):
-    with handler():
-        return optimizer.run(random.key(0), 1, Y, progress_bar=False, init_state=state).state
+def inside_a_jit(subject):
+    @jax.jit
+    def update(state, values):
+        with substitute(data=names(values)):
+            return subject.optimizer.update(state, Y)[0]
+
+    yield from of_traced_values(update, subject)
+
+
+def inside_a_scan(subject):
+    @jax.jit
+    def scan(state, values):
+        def body(state, values):
+            with substitute(data=names(values)):
+                return subject.optimizer.update(state, Y)[0], None
+
+        return jax.lax.scan(body, state, jax.tree.map(lambda value: value[None], values))[0]
+
+    yield from of_traced_values(scan, subject)
+
+
+def of_traced_values(function, subject):
+    """One program for all sites: each has its own value in turn, the others theirs."""
+    for site, (value, _) in SITES[subject.kind].items():
+        if not callable(value):
+            values = subject.numbers | {site: jnp.full_like(subject.numbers[site], value)}
+            yield site, function(subject.state, values)
+    assert equal(function(subject.state, subject.numbers), subject.plain, 1e-5)
+
+
+class InTurn(Messenger):
+    """Replaces the site whose number is in its state."""
+
+    def __init__(self, kind):
+        self.values = {site: value for site, (value, _) in SITES[kind].items() if not callable(value)}
+        super().__init__()
+
+    def process_message(self, msg):
+        site = msg.get("name", "").removeprefix("smcopt/")
+        if site in self.values:
+            number = mutable("smcopt/turn", {"number": jnp.asarray(-1)})["number"]
+            msg["value"] = jnp.where(number == list(self.values).index(site), self.values[site], msg["value"])
+
+
+def in_run(subject):
+    handler = InTurn(subject.kind)
+    optimizer = build(subject.kind, handlers=[handler])
+    for number, site in enumerate(handler.values):
+        state = subject.state._replace(mutable_state={"smcopt/turn": {"number": jnp.asarray(number)}})
+        yield site, optimizer.run(None, 1, Y, progress_bar=False, init_state=state).state
 
 
 WAYS = {way.__name__: way for way in (ambient, bound, inside_a_jit, inside_a_scan, in_run)}
 
 
-@pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_site_acts_in_every_way_and_only_there(site, way, plain):
-    optimizer, state = plain
-    value, acted = SITES[site]
-    assert not acted(state, optimizer.update(state, Y)[0])
+@pytest.mark.parametrize("kind", SITES)
+def test_every_site_acts_in_every_way_and_only_there(kind, way, subjects):
+    subject, sites = subjects[kind], SITES[kind]
+    assert not any(acted(subject, subject.plain) for _, acted in sites.values())
+    reached = set()
+    for site, new in WAYS[way](subject):
+        assert sites[site][1](subject, new), site
+        assert subject.untouched()
+        reached.add(site)
+    assert sites.keys() - reached <= {"theta_limit"}  # a function is never traced, see below
+
+
+@pytest.mark.parametrize("way", ["jit", "scan", "run"])
+def test_a_function_acts_in_what_is_compiled_with_it(way, subjects):
+    subject, (value, acted) = subjects[SMCOptimizer], SITES[SMCOptimizer]["theta_limit"]
+
+    def update(state, _):
+        with substitute(data={"smcopt/theta_limit": value}):
+            return subject.optimizer.update(state, Y)[0], None
+
+    if way == "jit":
+        new, _ = jax.jit(update)(subject.state, None)
+    elif way == "scan":
+        new, _ = jax.lax.scan(update, subject.state, None, length=1)
+    else:
+        with substitute(data={"smcopt/theta_limit": value}):
+            new = subject.optimizer.run(None, 1, Y, progress_bar=False, init_state=subject.state).state
+    assert acted(subject, new) and subject.untouched()
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_nothing_leaks_and_all_sites_act_at_once(kind, subjects):
+    """Around an update, inside of a scan of several, and around a run."""
+    subject, sites = subjects[kind], SITES[kind]
+    optimizer, state = subject.optimizer, subject.state
+    data = names({site: value for site, (value, _) in sites.items() if not callable(value)})
+
+    def body(state, _):
+        with substitute(data=data):
+            return optimizer.update(state, Y)[0], None
+
     with jax.checking_leaks():
-        new = WAYS[way](lambda: substitute(data={f"smcopt/{site}": value}), optimizer, state)
-    assert acted(state, new)
-    assert not acted(state, optimizer.update(state, Y)[0])
+        eager, _ = body(state, None)
+        several, _ = jax.lax.scan(body, state, None, length=2)
+        with substitute(data=data):
+            run = optimizer.run(None, 2, Y, progress_bar=False, init_state=state).state
+    assert equal(several, run, 1e-5)
+    if kind is MomentumParticleMLE:
+        assert as_from(**FASTER)(subject, eager)
+    else:
+        assert all(
+            acted(subject, new) for new in (eager, run) for site, (_, acted) in sites.items() if site != "theta_limit"
+        )
+    assert subject.untouched()
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_scope_renames_and_block_hides(site, plain):
-    optimizer, state = plain
-    value, acted = SITES[site]
+@EVERY_SITE
+def test_scope_renames_and_block_hides(kind, site, subjects):
+    subject, (value, acted) = subjects[kind], SITES[kind][site]
+    update = lambda: subject.optimizer.update(subject.state, Y)[0]  # noqa: E731
     with substitute(data={f"job/smcopt/{site}": value}), scope(prefix="job"):
-        assert acted(state, optimizer.update(state, Y)[0])
+        assert acted(subject, update())
     with substitute(data={f"smcopt/{site}": value}), scope(prefix="job"):
-        assert not acted(state, optimizer.update(state, Y)[0])
+        assert not acted(subject, update())
     with substitute(data={f"smcopt/{site}": value}), block():
-        assert not acted(state, optimizer.update(state, Y)[0])
+        assert not acted(subject, update())
     with block(hide=["smcopt/loss"]), control({f"smcopt/{site}": value}), scope(prefix="job"):
-        assert acted(state, optimizer.update(state, Y)[0])
+        assert acted(subject, update())
+    assert subject.untouched()
 
 
-@pytest.fixture(scope="module")
-def jitted(plain):
-    optimizer, state = plain
-    update = jax.jit(lambda state: optimizer.update(state, Y)[0])
-    body = lambda state, _: (optimizer.update(state, Y)[0], None)  # noqa: E731
-    scan = lambda state: jax.lax.scan(body, state, None, length=1)[0]  # noqa: E731
-    update(state), scan(state)
-    return update, scan
-
-
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("which", [0, 1], ids=["jit", "scan"])
-def test_control_reaches_what_was_compiled_before_and_substitute_does_not(site, which, plain, jitted):
-    _, state = plain
-    function = jitted[which]
-    value, acted = SITES[site]
-    with substitute(data={f"smcopt/{site}": value}):
-        assert not acted(state, function(state))
+@EVERY_SITE
+def test_control_reaches_what_was_compiled_before_and_substitute_does_not(kind, site, subjects):
+    subject, (value, acted) = subjects[kind], SITES[kind][site]
+    for function in (subject.jitted, subject.scanned):
+        with substitute(data={f"smcopt/{site}": value}):
+            assert not acted(subject, function(subject.state))
+    # What was compiled by the user is compiled anew, so each site is tried in one of the two.
+    function = subject.scanned if site in ("step_size", "theta_limit") else subject.jitted
     with control(**{site: value}):
-        assert acted(state, function(state))
-    assert not acted(state, function(state))
+        assert acted(subject, function(subject.state))
+    assert subject.untouched()
 
 
-# -- the other objects -------------------------------------------------------------------------------------------------
-# Site: a value, and what of a state is another one if it acted.
-OTHERS = {
-    MomentumParticleMLE: {
-        "step_size": (0.2, lambda state: state.theta["mean"]),
-        "momentum": (0.5, lambda state: state.motion.velocity),
-        "latent_step_size": (0.2, lambda state: state.points.x),
-        "latent_momentum": (0.25, lambda state: state.cloud.velocity),
-    },
-    ImplicitDiffusion: {
-        "learning_rate": (0.5, lambda state: state.theta["mean"]),
-        "step_size": (0.1, lambda state: state.points.x),
-    },
-}
+@pytest.mark.parametrize("kind", SITES)
+def test_these_are_all_sites_and_every_object_announces_what_all_share(kind, subjects):
+    subject = subjects[kind]
+    with trace() as announced:
+        new = subject.optimizer.update(subject.state, Y)[0]
+    controls = announced.keys() - {f"smcopt/{name}" for name in new.diagnostics}
+    assert {name.removeprefix("smcopt/") for name in controls} == SITES[kind].keys()
+    assert {"loss", "grad_norm", "num_nonfinite", "num_refused", "ess", "acceptance_rate"} <= new.diagnostics.keys()
+    assert all(value.shape == announced[f"smcopt/{name}"]["value"].shape for name, value in new.diagnostics.items())
 
 
-@pytest.fixture(scope="module")
-def others():
-    made = {
-        MomentumParticleMLE: MomentumParticleMLE(
-            normal, step_size=0.02, momentum=0.9, latent_step_size=0.1, latent_momentum=0.5, num_particles=8
-        ),
-        ImplicitDiffusion: ImplicitDiffusion(normal, optax.sgd(0.05), sampler=RandomWalk(0.3), num_particles=8),
-    }
-    return {kind: (optimizer, optimizer.init(random.key(0), Y)) for kind, optimizer in made.items()}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_sites_of_the_other_objects_act_and_only_there(kind, others):
-    optimizer, state = others[kind]
-    sites = OTHERS[kind]
-    with trace() as seen:
-        plain = optimizer.update(state, Y)[0]
-    controls = seen.keys() - {f"smcopt/{name}" for name in plain.diagnostics}
-    assert {name.removeprefix("smcopt/") for name in controls} == sites.keys()
-    assert {"loss", "grad_norm", "num_nonfinite", "num_refused", "ess", "acceptance_rate"} <= plain.diagnostics.keys()
-    assert all(value.shape == seen[f"smcopt/{name}"]["value"].shape for name, value in plain.diagnostics.items())
-    update = jax.jit(lambda state: optimizer.update(state, Y)[0])
-    compiled = update(state)
-    for site, (value, look) in sites.items():
-        differs = lambda one, other, look=look: bool(np.any(look(one) != look(other)))  # noqa: E731
-        with jax.checking_leaks(), substitute(data={f"smcopt/{site}": value}):
-            assert differs(optimizer.update(state, Y)[0], plain)
-        with control({site: value}):
-            assert differs(update(state), compiled)
-        assert not differs(update(state), compiled) and not differs(optimizer.update(state, Y)[0], plain)
-    with control({site: value for site, (value, _) in sites.items()}):
-        new = optimizer.run(None, 1, Y, progress_bar=False, init_state=state).state
-    for _, look in sites.values():
-        assert np.max(np.abs(look(new) - look(plain))) > 1e-4
-
-
-def test_a_rule_that_would_never_act_is_refused(others, plain):
-    for kind, (optimizer, state) in {**others, SMCOptimizer: plain}.items():
+def test_a_rule_that_would_never_act_is_refused(subjects):
+    for kind, subject in subjects.items():
+        optimizer, state = subject.optimizer, subject.state
         with pytest.raises(ValueError, match=r"adapt\('nothing', .* steers 'nothing', but the sites here are"):
             with adapt("nothing", RobbinsMonro()):
                 optimizer.update(state, Y)
@@ -209,9 +336,8 @@ def test_a_rule_that_would_never_act_is_refused(others, plain):
 
 
 # -- control -----------------------------------------------------------------------------------------------------------
-def test_controls_nest_and_the_outermost_wins(plain, jitted):
-    _, state = plain
-    update, _ = jitted
+def test_controls_nest_and_the_outermost_wins(subjects):
+    state, update = subjects[SMCOptimizer].state, subjects[SMCOptimizer].jitted
     with control(learning_rate=0.0), control(learning_rate=1.0):
         assert shift(state, update(state)) == 0
     with control(learning_rate=1.0):
@@ -238,9 +364,10 @@ def test_control_takes_a_traced_value(plain):
     @jax.jit
     def moved_by(rate):
         with control(learning_rate=rate):
-            return optimizer.update(state, Y)[0].theta["mean"]
+            return optimizer.update(state, Y)[0].theta["mean"] - state.theta["mean"]
 
-    assert moved_by(0.0) == 0 and moved_by(1.0) == 2 * moved_by(0.5) > 0
+    assert moved_by(0.0) == 0 and abs(moved_by(0.5)) > 1e-3
+    np.testing.assert_allclose(moved_by(1.0), 2 * moved_by(0.5), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +410,7 @@ def test_trace_finds_all_sites_and_run_records_the_scalars(plain):
     optimizer, state = plain
     with trace() as sites:
         new, loss = optimizer.update(state, Y)
-    assert {name.removeprefix("smcopt/") for name in sites} == DIAGNOSTICS | PER_BLOCK | SITES.keys()
+    assert {name.removeprefix("smcopt/") for name in sites} == DIAGNOSTICS | PER_BLOCK | SITES[SMCOptimizer].keys()
     assert all(site["type"] == "deterministic" for site in sites.values())
     assert sites["smcopt/loss"]["value"] == loss == new.diagnostics["loss"]
     assert all(new.diagnostics[name].shape == (1,) for name in PER_BLOCK)

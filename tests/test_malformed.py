@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hundreds of malformed inputs: each is accepted because it is right, or refused in words.
 
-A refusal is clear if it is a TypeError or ValueError that the package itself raises, or an error of the user's model to
-which the package added what the model was run with. What would be compiled is only traced, except in the last part.
+A refusal is clear if it is a TypeError, ValueError or OSError that the package itself raises, or an error of the
+user's model to which the package added what the model was run with. What would be compiled is only traced, except in
+the last part.
 """
 
 import datetime
@@ -64,7 +65,7 @@ def refusal(call):
         call()
     except Accepted:
         return None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         message, notes = str(error), " ".join(getattr(error, "__notes__", ()))
         ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
         assert (ours and len(message) > 25) or "The model was run with" in notes, repr(error)

@@ -126,9 +126,11 @@ def test_an_unweighted_gradient_that_is_not_finite_is_no_part_of_the_state():
         assert np.all(np.isfinite(leaf))
 
 
-def test_a_start_that_is_half_broken_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"not finite at any starting point|no finite log density"):
-        SMCOptimizer(model, num_particles=16).init(random.key(0), Y, 0.9)
+@pytest.mark.parametrize("name", ["default", *UNWEIGHTED])
+def test_a_start_where_half_of_all_evaluations_fail_is_refused_in_words(name):
+    optimizer = SMCOptimizer(model, num_particles=64) if name == "default" else UNWEIGHTED[name]()
+    with pytest.raises(ValueError, match=r"not finite at any starting point.*Start .* elsewhere"):
+        optimizer.init(random.key(1), Y, 0.5)
 
 
 def wall(y):

@@ -245,7 +245,7 @@ class ParticleAlgorithm(abc.ABC):
             init_params: Constrained starting values of param sites; for several runs with or without a leading axis of
                 length ``num_runs``, site by site.
             checkpoint: A file that is written at the start, every ``checkpoint_every`` updates and at the end; `resume`
-                goes on from it, also in another process.
+                goes on from it, also in another process. One file holds all of several runs.
             checkpoint_every: Updates between two checkpoints.
             early_stop: Whether to end when nothing is left to be gained (status ``CONVERGED``), or an `EarlyStop` that
                 says when that is. Off by default, so that a run is as long as it was asked to be, as in SVI.
@@ -270,8 +270,6 @@ class ParticleAlgorithm(abc.ABC):
         stop = early_stop if isinstance(early_stop, EarlyStop) else EarlyStop() if early_stop else None
         if checkpoint is not None:
             check_path(checkpoint)
-            if num_runs > 1:
-                raise ValueError(f"A checkpoint holds a single run, but num_runs is {num_runs}. Leave one of them out.")
         if init_state is None or num_runs > 1 and rng_key is not None:
             check_key(rng_key)
         arrays, static = self._bind(args, kwargs)
@@ -281,8 +279,14 @@ class ParticleAlgorithm(abc.ABC):
                 states = many_runs.begin(self, plan, rng_key, init_params)
             else:
                 states = [self._adopted(static, arrays, state) for state in several(init_state, num_runs)]
-            self._check_stop(stop, states[0])
-            return many_runs.live(self, plan, states, random.key(0) if rng_key is None else rng_key)
+            ranking = random.key(0) if rng_key is None else rng_key
+            journal = None
+            if checkpoint is not None:
+                identity = self._identity(static, arrays)
+                journal = Journal(
+                    checkpoint, checkpoint_every, identity, num_steps, stop=stop, num_runs=num_runs, ranking=ranking
+                )
+            return many_runs.live(self, plan, many_runs.stack(states), ranking, journal)
         if init_state is None:
             # A handler may keep a state of its own or replace controls: then nobody knows the state yet.
             plain = not self.handlers and not effects.handlers_are_active()
@@ -304,7 +308,9 @@ class ParticleAlgorithm(abc.ABC):
         progress_bar: bool = True,
         **kwargs: Any,
     ) -> RunResult:
-        """Go on with a run that was interrupted, in this process or another: equal, bit for bit, to one that was not.
+        """Go on with what was interrupted, in this process or another: equal, bit for bit, to a run that was not.
+
+        Of several runs all go on; how many they are is in the file.
 
         Args:
             checkpoint: The file that `run` was given; it goes on being written.
@@ -324,13 +330,18 @@ class ParticleAlgorithm(abc.ABC):
         identity = self._identity(static, arrays)
         journal, saved = Journal.read(checkpoint, identity)
         journal.num_steps = journal.num_steps if num_steps is None else positive("num_steps", num_steps)
-        state = jax.tree.map(jnp.asarray, restore(saved, "state", self._rehearsed(static, arrays, saved)))
-        program = self._run_program()
-        records = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((-1, *leaf.shape[1:]), leaf.dtype),
-            program.eval_shape(static, arrays, state, np.int32(1))[1],
-        )
+        template = self._rehearsed(static, arrays, saved, journal.num_runs)
+        state = jax.tree.map(jnp.asarray, restore(saved, "state", template))
+        several = journal.num_runs > 1
+        if several:
+            recorded = many_runs.eval_records(self, static, arrays, state)
+        else:
+            recorded = self._run_program().eval_shape(static, arrays, state, np.int32(1))[1]
+        records = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((-1, *leaf.shape[1:]), leaf.dtype), recorded)
         past = restore(saved, "records", records) if journal.done else None
+        if several:
+            plan = many_runs.Plan(journal.num_runs, journal.num_steps, static, arrays, progress_bar, journal.stop)
+            return many_runs.live(self, plan, state, journal.ranking, journal, past)
         return self._live(static, arrays, state, past, journal.num_steps, journal, progress_bar, journal.stop)
 
     def _live(
@@ -373,9 +384,7 @@ class ParticleAlgorithm(abc.ABC):
             lambda state, num: program(static, arrays, state, num), state, num_steps, progress, past=past, pauses=pauses
         )
         if journal is not None:
-            if journal.converged and len(records[0]["loss"]) == done:  # it had ended before
-                status = Status.CONVERGED
-            journal.write(state, records, len(records[0]["loss"]), status)
+            status = journal.end(state, records, len(records[0]["loss"]), status)
         return self._result(state, records, status, told)
 
     def _adopted(self, static: StaticArguments, arrays: list[Array], state: Any) -> Any:
@@ -476,14 +485,16 @@ class ParticleAlgorithm(abc.ABC):
         }
         return json.loads(json.dumps(described))
 
-    def _rehearsed(self, static: StaticArguments, arrays: list[Array], saved: Saved) -> Any:
+    def _rehearsed(self, static: StaticArguments, arrays: list[Array], saved: Saved, num_runs: int) -> Any:
         """A state to which ``saved`` may be restored: shapes and types, which depend on the saved blocks and key."""
         target = self._target(arrays, static)
         rng_key = saved.arrays["['state'].rng_key"]
+        rng_key = rng_key if num_runs == 1 else rng_key[0]
         blocks = Blocks(*(jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields))
         _, theta = self._program("theta", Target.initial_params).eval_shape(static, arrays, rng_key, {})
         state = self._begin(rng_key, Rehearsal(self._program, static, arrays, target, theta, blocks=blocks))
-        return jax.eval_shape(lambda state: self._introduced(state, fingerprint(arrays)), state)
+        state = jax.eval_shape(lambda state: self._introduced(state, fingerprint(arrays)), state)
+        return state if num_runs == 1 else many_runs.stacked_shapes(state, num_runs)._replace(blocks=state.blocks)
 
     # -- particles ----------------------------------------------------------------------------------------------------
     def get_samples(

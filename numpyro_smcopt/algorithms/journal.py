@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 
 from numpyro_smcopt.checkpoint import Saved, load, save
@@ -28,6 +29,8 @@ class Journal:
         stop: When the run ends before.
         ended: Whether the run has come to its end before, which may now be a later one.
         converged: Whether it was ended by its stopping rule, so that nothing is left to be done.
+        num_runs: How many runs are made at once; state and records then have an axis for them.
+        ranking: Key of the ranking of several runs, which is written with them.
     """
 
     def __init__(
@@ -40,10 +43,13 @@ class Journal:
         stop: EarlyStop | None = None,
         ended: bool = False,
         converged: bool = False,
+        num_runs: int = 1,
+        ranking: Any = None,
     ) -> None:
         self.path, self.every, self.identity = Path(path), every, identity
         self.num_steps, self.done, self.stop = num_steps, done, stop
         self.ended, self.converged = ended, converged
+        self.num_runs, self.ranking, self._begun = num_runs, ranking, done
 
     @classmethod
     def read(cls, path: str | os.PathLike, identity: dict[str, Any]) -> tuple["Journal", Saved]:
@@ -69,8 +75,10 @@ class Journal:
         ended = converged or header["status"] == Status.FINISHED.name
         num_steps = header["done"] if converged else header["num_steps"]
         stop = None if header["early_stop"] is None else EarlyStop(**header["early_stop"])
-        journal = cls(path, header["every"], header["identity"], num_steps, header["done"], stop, ended, converged)
-        return journal, saved
+        num_runs = header.get("num_runs", 1)  # older files hold one, and do not say so
+        ranking = jnp.asarray(saved.arrays["['ranking']"]) if num_runs > 1 else None
+        same = header["every"], header["identity"], num_steps, header["done"], stop
+        return cls(path, *same, ended, converged, num_runs, ranking), saved
 
     def begin(self, state: Any) -> tuple[Pause, ...]:
         """Write the first checkpoint, if there is none, and say when the others are due."""
@@ -84,14 +92,22 @@ class Journal:
         header = {
             "versions": versions(),
             "num_steps": self.num_steps,
+            "num_runs": self.num_runs,
             "every": self.every,
             "done": done,
             "early_stop": None if self.stop is None else dataclasses.asdict(self.stop),
             "status": None if status is None else status.name,
             "identity": self.identity,
         }
-        save(self.path, header, {"state": state} if records is None else {"state": state, "records": records})
+        parts = {"state": state, "records": records, "ranking": self.ranking}
+        save(self.path, header, {name: part for name, part in parts.items() if part is not None})
         return False
+
+    def end(self, state: Any, records: Any, done: int, status: Status) -> Status:
+        """Write the last checkpoint, and say how the run ended, which may have been before it was resumed."""
+        status = Status.CONVERGED if self.converged and done == self._begun else status
+        self.write(state, records, done, status)
+        return status
 
 
 def check_path(path: str | os.PathLike) -> None:
@@ -99,11 +115,14 @@ def check_path(path: str | os.PathLike) -> None:
 
     Raises:
         TypeError: If it is no path.
+        ValueError: If it cannot be that of a file.
         FileExistsError: If there is a file already, which would be destroyed.
         FileNotFoundError: If there is no directory to hold it.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"checkpoint must be the path of a file, got {path!r}.")
+    if "\0" in os.fspath(path) or Path(path).is_dir():
+        raise ValueError(f"checkpoint must be the path of a file, but {os.fspath(path)!r} is none.")
     if Path(path).exists():
         raise FileExistsError(
             f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."

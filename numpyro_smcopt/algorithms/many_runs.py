@@ -22,6 +22,7 @@ from jax import lax, random
 
 from numpyro_smcopt import effects, loop
 from numpyro_smcopt.algorithms import faults
+from numpyro_smcopt.algorithms.journal import Journal
 from numpyro_smcopt.algorithms.programs import Program
 from numpyro_smcopt.algorithms.start import Start
 from numpyro_smcopt.blocks import Blocks
@@ -76,8 +77,7 @@ def begin(algorithm: Any, plan: Plan, rng_key: Array, init_params: Params | None
 
         def prepare(state: Any, plain: bool = plain) -> None:
             if plain:
-                stacked = lambda leaf: jax.ShapeDtypeStruct((plan.num_runs, *leaf.shape), leaf.dtype)  # noqa: E731
-                states = jax.tree.map(stacked, state._replace(blocks=None))
+                states = stacked_shapes(state, plan.num_runs)
                 _program(algorithm).prepare(plan.static, plan.arrays, state.blocks, states, np.int32(1))
 
         try:
@@ -88,49 +88,102 @@ def begin(algorithm: Any, plan: Plan, rng_key: Array, init_params: Params | None
     return states
 
 
-def live(algorithm: Any, plan: Plan, states: Sequence[Any], rng_key: Array) -> RunResult:
-    """Run from the given states to the end; ``rng_key`` is for the ranking."""
-    blocks = _shared_blocks(states)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state._replace(blocks=None) for state in states))
-    program = _program(algorithm)
-    one = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)  # noqa: E731
+def stack(states: Sequence[Any]) -> Any:
+    """One state with a leading axis of runs, but for their partition.
 
-    def look_early(states: Any, records: Any, done: int) -> bool:
+    Raises:
+        ValueError: If they have not the same partition.
+    """
+    blocks = _shared_blocks(states)
+    return _stacked(*(state._replace(blocks=None) for state in states))._replace(blocks=blocks)
+
+
+def part(stacked: Any, k: int) -> Any:
+    """The state of one of stacked runs."""
+    return _picked(stacked._replace(blocks=None), k)._replace(blocks=stacked.blocks)
+
+
+# Each compiled as one program, not as one for every shape of a leaf.
+_stacked = jax.jit(lambda *states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+_picked = jax.jit(lambda stacked, k: jax.tree.map(lambda leaf: leaf[k], stacked))
+
+
+def stacked_shapes(state: Any, num_runs: int) -> Any:
+    """Shapes and types of the stacked states, without their partition, from those of one."""
+    shape = lambda leaf: jax.ShapeDtypeStruct((num_runs, *leaf.shape), leaf.dtype)  # noqa: E731
+    return jax.tree.map(shape, state._replace(blocks=None))
+
+
+def eval_records(algorithm: Any, static: StaticArguments, arrays: list[Array], stacked: Any) -> Any:
+    """Shapes and types of the records of a chunk."""
+    states = stacked._replace(blocks=None)
+    return _program(algorithm).eval_shape(static, arrays, stacked.blocks, states, np.int32(1))[1]
+
+
+def live(
+    algorithm: Any, plan: Plan, stacked: Any, rng_key: Array, journal: Journal | None = None, past: Any = None
+) -> RunResult:
+    """Run to the end.
+
+    Args:
+        algorithm: A `ParticleAlgorithm`.
+        plan: What is to be run.
+        stacked: Where to start, see `stack`.
+        rng_key: For the ranking.
+        journal: Writes the checkpoints, if there are to be any.
+        past: Records [T, K, ...] of the updates that led to ``stacked``, if the runs go on.
+    """
+    program = _program(algorithm)
+
+    def run_chunk(stacked: Any, num: Array) -> tuple[Any, Any]:
+        states, records = program(plan.static, plan.arrays, stacked.blocks, stacked._replace(blocks=None), num)
+        return states._replace(blocks=stacked.blocks), records
+
+    def early(stacked: Any, records: Any) -> list[str]:
+        found = [
+            [
+                _named(k, plan, message)
+                for message in algorithm._early_faults(part(stacked, k), own)
+                if message is not None
+            ]
+            for k, own in enumerate({name: v[:, k] for name, v in records[0].items()} for k in range(plan.num_runs))
+        ]
+        return sum(found, [])
+
+    def look_early(stacked: Any, records: Any, done: int) -> bool:
         del done
-        for k in range(plan.num_runs):
-            state, own = one(states, k)._replace(blocks=blocks), {name: v[:, k] for name, v in records[0].items()}
-            found = algorithm._early_faults(state, own)
-            faults.warn_of(_named(k, plan, message) for message in found if message is not None)
+        faults.warn_of(early(stacked, records))
         return False
 
-    def arrived(states: Any, records: Any, done: int) -> bool:
+    def arrived(stacked: Any, records: Any, done: int) -> bool:
         del done
         theta, gradient = records[2]["theta"], records[2]["gradient"]
         return plan.stop is not None and all(
             plan.stop.arrived(
                 theta[:, k],
                 gradient[:, k],
-                algorithm._inverse_information(plan.static, plan.arrays, one(states, k)._replace(blocks=blocks)),
+                algorithm._inverse_information(plan.static, plan.arrays, part(stacked, k)),
             )
             for k in range(plan.num_runs)
         )
 
-    pauses: tuple[loop.Pause, ...] = (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
+    # The end of short runs has told it, if they are made longer.
+    told = journal is not None and journal.ended and past is not None and bool(early(stacked, past))
+    # Both the warning and the decision come before the checkpoint, which then says that they were made.
+    pauses: tuple[loop.Pause, ...] = () if told else (loop.Pause(faults.LAST_LOOK, look_early, until=faults.LAST_LOOK),)
     pauses += () if plan.stop is None else (loop.Pause(plan.stop.every, arrived),)
-    progress = loop.ProgressBar(plan.num_steps, _describe) if plan.progress_bar else loop.SilentProgress()
-    stacked, records, status = loop.run_chunks(
-        lambda states, num: program(plan.static, plan.arrays, blocks, states, num),
-        stacked,
-        plan.num_steps,
-        progress,
-        pauses=pauses,
-    )
+    pauses += () if journal is None else journal.begin(stacked)
+    done = 0 if journal is None else journal.done
+    progress = loop.ProgressBar(plan.num_steps, _describe, done) if plan.progress_bar else loop.SilentProgress()
+    stacked, records, status = loop.run_chunks(run_chunk, stacked, plan.num_steps, progress, past=past, pauses=pauses)
+    if journal is not None:
+        status = journal.end(stacked, records, len(records[0]["loss"]), status)
     results = []
     for k in range(plan.num_runs):
-        state, own = one(stacked, k)._replace(blocks=blocks), jax.tree.map(lambda v: v[:, k], records)  # noqa: B023
+        state, own = part(stacked, k), jax.tree.map(lambda v: v[:, k], records)  # noqa: B023
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            results.append(algorithm._result(state, own, status))
+            results.append(algorithm._result(state, own, status, told))
         faults.warn_of(_named(k, plan, warning.message) for warning in caught)
     return _ranked(algorithm, plan, results, records[1], rng_key)
 
@@ -198,8 +251,7 @@ def _shared_blocks(states: Sequence[Any]) -> Blocks:
     """
     first = states[0].blocks
     for k, state in enumerate(states):
-        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), first, state.blocks)
-        if not all(jax.tree.leaves(same)):
+        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, first, state.blocks))):
             raise ValueError(
                 f"At the starting values of run {k} the latents depend on one another in another way than at those of "
                 "run 0. Start elsewhere with init_params, or use partition=numpyro_smcopt.one_block."
