@@ -21,7 +21,7 @@ from numpyro_smcopt.algorithms.start import Start, starts_from_prior
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.reporting import islands, programs
-from numpyro_smcopt.reporting.reference import draw_uniforms
+from numpyro_smcopt.reporting.reference import SIZE, draw_uniforms
 from numpyro_smcopt.types import Array, Params
 
 NOISY_EVIDENCE = 0.5  # nats
@@ -59,6 +59,7 @@ class Exploration(NamedTuple):
         laplace_point: The same and its gradient, or in words why there is none.
         ess: [B] effective number of draws.
         tempered: Whether drawing from the reference did not suffice.
+        num_particles: Draws behind it, those of the populations if they were tempered.
         acceptance: Mean acceptance of the last moves; NaN if nothing was moved.
         num_unfinished: Blocks of islands that did not reach temperature one.
         num_ancestors: Draws at the start of a tempered island that have descendants, in the worst block of the worst
@@ -78,6 +79,7 @@ class Exploration(NamedTuple):
     laplace_point: LaplacePoint | str
     ess: np.ndarray
     tempered: bool
+    num_particles: int
     acceptance: float
     num_unfinished: int
     num_ancestors: float
@@ -127,7 +129,8 @@ def explore(
         sandwich: Whether the outer product of the scores of independent units is wanted, too.
         continuous: Whether the density is continuous in the latents, so that they may move along with theta.
         init_strategy: Where particles start, if not in the prior.
-        num_islands: Independent sets of draws, an even number; by default as many as the model's work allows.
+        num_islands: Independent sets of draws, an even number; by default as many as the model's work allows. So many
+            populations are tempered, too, should that be necessary, but not fewer than the spread of which is known.
     """
     sites, blocks = start.target.sites, cloud.blocks
     if sites.num_latents == 0:
@@ -137,9 +140,12 @@ def explore(
     order = rng.uniform(size=(2, blocks.num_blocks)).astype(cloud.x.dtype)
     if not laplace.affordable(blocks):
         small = 0 < num_params <= budget.LARGEST_INFORMATION
-        return _explore_wide(rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy)
+        wanted = 0 if num_islands is None else -(-num_islands * SIZE // cloud.x.shape[0])
+        return _explore_wide(
+            rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy, wanted
+        )
 
-    informing, sandwich, drawn = _draw(
+    num, informing, sandwich, drawn = _draw(
         rng, rng_key, start, params, cloud, order, num_params, sandwich, continuous, num_islands
     )
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
@@ -150,7 +156,7 @@ def explore(
     tempered = not found.trustworthy or pareto_k > HEAVY_TAIL
     acceptance, num_unfinished, num_ancestors = np.nan, 0, np.nan
     if tempered:
-        num = budget.TEMPERED_ISLANDS
+        num = max(budget.TEMPERED_ISLANDS, num_islands or 0)
         keys = random.split(rng_key, num)
         some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
@@ -177,6 +183,7 @@ def explore(
         laplace_point=point,
         ess=found.ess,
         tempered=tempered,
+        num_particles=num * SIZE,
         acceptance=acceptance,
         num_unfinished=num_unfinished,
         num_ancestors=num_ancestors,
@@ -206,7 +213,7 @@ def laplace_at(
     rng = host_generator(rng_key)
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta))
     order = rng.uniform(size=(2, cloud.blocks.num_blocks)).astype(cloud.x.dtype)
-    drawn = _draw(rng, rng_key, start, params, cloud, order, num_params, sandwich, True, None)[2]
+    drawn = _draw(rng, rng_key, start, params, cloud, order, num_params, sandwich, True, None)[3]
     return _laplace_point(drawn, NO_DERIVATIVES)
 
 
@@ -221,8 +228,8 @@ def _draw(
     sandwich: bool,
     continuous: bool,
     num_islands: int | None,
-) -> tuple[int, bool, programs.Drawn]:
-    """How many islands inform derivatives, whether there is a sandwich, and the draws from the reference."""
+) -> tuple[int, int, bool, programs.Drawn]:
+    """How many islands there are, and inform derivatives; whether there is a sandwich; the draws of the reference."""
     sites, blocks, work = start.target.sites, cloud.blocks, start.target.work(start.theta)
     num = num_islands or budget.num_islands(work)
     informing = budget.num_informing(num, num_params, work)
@@ -231,7 +238,7 @@ def _draw(
     transported = continuous and num_params * blocks.width * work <= budget.TRANSPORT_WORK
     draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
     drawn = start.call(*draw, rng_key, uniforms, order, params, cloud.x, cloud.log_weights, blocks)
-    return informing, sandwich, drawn
+    return num, informing, sandwich, drawn
 
 
 def _laplace_point(drawn: programs.Drawn, without_score: str) -> LaplacePoint | str:
@@ -256,11 +263,12 @@ def _explore_wide(
     informing: bool,
     sandwich: bool,
     init_strategy: Callable | None,
+    wanted: int,
 ) -> Exploration:
-    num_particles = cloud.x.shape[0]
+    num_particles, num = cloud.x.shape[0], max(budget.WIDE_ISLANDS, wanted)
     build = programs.wide_program(kernel, num_particles, informing, sandwich, init_strategy)
     wide = ("wide", kernel, num_particles, informing, sandwich), build
-    keys = random.split(rng_key, budget.WIDE_ISLANDS)
+    keys = random.split(rng_key, num)
     fixed, done = jax.device_get(start.call(*wide, keys, order, params, cloud.x[0], cloud.blocks))
     found = islands.combine_tempered(done.log_evidence)
     known = starts_from_prior(start.target, init_strategy)
@@ -273,6 +281,7 @@ def _explore_wide(
         laplace_point=f"blocks of {cloud.blocks.width} latents are too large for their Hessians",
         ess=found.ess,
         tempered=True,
+        num_particles=num * num_particles,
         acceptance=float(np.mean(done.acceptance)),
         num_unfinished=int(np.sum(done.num_unfinished)),
         num_ancestors=float(np.min(done.num_ancestors)),
@@ -297,6 +306,7 @@ def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Expl
         laplace_point="there are no latents",
         ess=np.array([np.inf]),
         tempered=False,
+        num_particles=0,
         acceptance=np.nan,
         num_unfinished=0,
         num_ancestors=np.nan,
