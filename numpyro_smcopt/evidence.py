@@ -52,6 +52,7 @@ class LogEvidence(NamedTuple):
         ess: Effective number of draws, in the worst block.
         laplace: The Laplace approximation of the log evidence; NaN where there is none.
         tempered: Whether the draws from the reference did not suffice, so that populations were tempered.
+        num_particles: Draws behind the estimate; those of the populations if they were tempered, 0 without latents.
     """
 
     log_evidence: float
@@ -61,6 +62,7 @@ class LogEvidence(NamedTuple):
     ess: float
     laplace: float
     tempered: bool
+    num_particles: int
 
 
 def log_evidence(
@@ -81,8 +83,11 @@ def log_evidence(
         *args: Arguments of the model.
         params: Constrained values of all param sites, for instance ``result.params``.
         rng_key: Randomness (default ``random.key(0)``).
-        num_particles: Draws; rounded up to whole islands, four at least. By default about 12,000, fewer for models
-            whose density is expensive. Where they do not suffice, 3,072 tempered particles take their place.
+        num_particles: Draws from the reference; rounded up to whole islands of 192, four at least. By default about
+            12,000, fewer for models whose density is expensive. Where they do not suffice, as many particles are
+            tempered in their place, but never fewer than 3,072 (sixteen populations of 192, without whose spread no
+            error could be stated): 1,000 may then cost what 3,072 do, and many evaluations for each. The result says
+            how many there were. Up to 256 more particles are tempered at first in any case, to find the posterior.
         kernel: Moves particles; by default `kernels.HMC`.
         partition: How independent blocks are found.
         **kwargs: Keyword arguments of the model.
@@ -138,6 +143,7 @@ def log_evidence(
         float(np.min(found.ess)),
         found.laplace,
         found.tempered,
+        found.num_particles,
     )
 
 

@@ -14,7 +14,7 @@ from numpyro_smcopt.comparison import chi_squared_tail
 
 
 def bayesian(log_evidence, std):
-    return LogEvidence(log_evidence, std, {}, np.zeros(1), 1.0, math.nan, False)
+    return LogEvidence(log_evidence, std, {}, np.zeros(1), 1.0, math.nan, False, 0)
 
 
 def fit(log_evidence, num_parameters, std=0.01):

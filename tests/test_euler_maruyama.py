@@ -177,6 +177,44 @@ def test_gradients_are_unbiased(settings):
         assert error < 0.1 * abs(exact)
 
 
+def test_noise_of_the_score_function_grows_with_the_time_but_not_with_the_steps():
+    """Drift ``theta - y`` and reward y: reward and score are Gaussian, and so known is the variance of a covariance."""
+    num, sigma, replicates, most_steps = 20, 0.7, 1000, 20
+    steps = EulerMaruyama(np.arange(most_steps + 1), dist.Normal(0.5, 0.5), sigma, Gradient.SCORE_FUNCTION)
+    objective = Reward(lambda sample: sample["y"])
+
+    @jax.jit
+    def gradients(grid, keys):
+        def one(key):
+            dynamics = Dynamics(lambda theta, t, y: theta - y, None, grid)
+            y, theta = 0.5 + 0.5 * random.normal(key, (num,)), jnp.array(0.5)
+            end, path, cost = simulate(dynamics, theta, y, random.fold_in(key, 1))
+            ends, _ = steps._ends(objective, end, cost)
+            return backward(dynamics, theta, path, random.fold_in(key, 1), ends)
+
+        return jax.lax.map(one, keys)
+
+    variances = []
+    for end, num_steps in [(1.0, 5), (1.0, 20), (4.0, 20)]:
+        h = end / num_steps
+        length = jnp.where(jnp.arange(most_steps) < num_steps, h, 0.0)  # the last steps lead nowhere
+        grid = Grid(jnp.arange(most_steps), jnp.cumsum(length) - length, length, jnp.full(most_steps, sigma))
+        found = np.asarray(gradients(grid, random.split(random.key(0), replicates)), float)
+
+        # y_T = (1 - h)^T y_0 + ... + sigma sqrt(h) sum_t (1 - h)^(T - 1 - t) xi_t; score = sqrt(h) / sigma sum_t xi_t
+        decay = (1 - h) ** np.arange(num_steps)
+        of_reward = (0.5 * (1 - h) ** num_steps) ** 2 + sigma**2 * h * np.sum(decay**2)
+        slope, of_score = h * np.sum(decay), end / sigma**2
+        variance = (of_reward * of_score + slope**2) / (num - 1)
+        assert abs(found.mean() + slope) < 4 * np.sqrt(variance / replicates)
+        squares = (found + slope) ** 2
+        assert abs(squares.mean() - variance) < 4 * squares.std() / np.sqrt(replicates)
+        variances.append((squares.mean(), squares.std() / np.sqrt(replicates)))
+    few, many, long = variances
+    assert many[0] < 1.2 * few[0]  # exact: 0.92
+    assert long[0] - 4 * long[1] > 2.0 * (many[0] + 4 * many[1])  # exact: 3.46
+
+
 @pytest.mark.parametrize("num_batches", [1, 10])
 def test_queue_tunes_a_sampler(num_batches):
     settings = {} if num_batches == 1 else {"paths": Paths.STORED, "num_batches": num_batches}

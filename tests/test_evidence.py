@@ -78,9 +78,10 @@ def test_first_number_of_the_bank_of_peers():
 @pytest.mark.parametrize("location, scale", [(0.0, 3.0), (10.0, 1.0)], ids=["centred prior", "off-centre prior"])
 def test_gaussian_posterior_has_no_monte_carlo_error(location, scale):
     x, y = regression_data(5)
-    _, values, errors = estimates(gaussian_regression, x, y, location, scale, 0.0)
+    found, values, errors = estimates(gaussian_regression, x, y, location, scale, 0.0)
     np.testing.assert_allclose(values, exact_regression(x, y, location, scale), atol=2e-3)
     assert np.all(errors < 1e-3)
+    assert all(f.num_particles == 1152 for f in found)
 
 
 def test_fifty_coefficients():
@@ -108,7 +109,7 @@ def test_heavy_tailed_prior():
 def test_two_modes_are_both_found():
     found, values, errors = estimates(two_modes, 2, 0.3)
     # Few draws hit the second mode, which shows in the tail of their weights.
-    assert all(f.tempered for f in found)
+    assert all(f.tempered and f.num_particles == 3072 for f in found)  # more than the 1,000 that were asked for
     deviations = values - exact_two_modes(2, 0.3)
     assert np.sqrt(np.mean(deviations**2)) < 0.1
     assert np.all(abs(deviations) < TEMPERED_ERRORS * errors), deviations / errors
@@ -120,6 +121,14 @@ def test_two_modes_are_both_found():
     assert abs(np.mean(share) - 0.5) < 0.1
     # A Laplace approximation sees one of them.
     assert np.mean([f.laplace for f in found]) == pytest.approx(exact_two_modes(2, 0.3) - np.log(2.0), abs=0.05)
+
+
+def test_tempered_populations_are_as_many_as_were_asked_for(monkeypatch):
+    monkeypatch.setattr(islands, "FEWEST_EFFECTIVE", np.inf)
+    for asked, used in ((3000, 3072), (6000, 6144)):
+        found = log_evidence(two_modes, 2, 0.3, num_particles=asked)
+        assert found.tempered and found.num_particles == used
+        assert abs(found.log_evidence - exact_two_modes(2, 0.3)) < TEMPERED_ERRORS * found.log_evidence_std
 
 
 @pytest.mark.parametrize("missed", [False, True], ids=["from the reference", "from the prior"])

@@ -190,6 +190,19 @@ def test_theta_that_is_not_at_the_maximum_is_noticed(fitted):
     assert other.mc_errors["mean"] == pytest.approx(0.1, rel=0.1)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_laplace_is_exact_for_gaussians_wherever_one_starts(fitted, shift):
+    y, optimizer, result, report = fitted
+    moved = {**result.state.params, "mean": result.state.params["mean"] + shift}
+    other = optimizer.summarize(random.key(1), result.state._replace(params=moved)) if shift else report
+    assert other.diagnostics["laplace_fit"] == "maximum"
+    exact = optimize.minimize(exact_loss, np.zeros(3), (y,), tol=1e-8).x
+    for value, name, best in zip(exact, report.params, (exact[0], *np.exp(exact[1:])), strict=True):
+        found = other.diagnostics["laplace_params"][name]
+        assert abs(found - best) < 0.02 * report.standard_errors[name], (name, value)
+    assert not any("fit by Laplace's approximation would differ" in warning for warning in other.warnings)
+
+
 def test_maximum_on_the_boundary():
     y = intercept_data(0.0)
     y = y - 0.6 * (y.mean(0) - y.mean())  # groups that are more alike than chance
@@ -234,6 +247,7 @@ def test_without_latents_it_is_maximum_likelihood():
     assert report.standard_errors["slope"] == pytest.approx(sigma / np.sqrt(np.sum(x**2)), rel=1e-3)
     assert report.standard_errors["sigma"] == pytest.approx(sigma / np.sqrt(80), rel=1e-3)
     assert report.log_evidence == pytest.approx(stats.norm(slope * x, sigma).logpdf(y).sum(), abs=1e-3)
+    assert report.diagnostics["laplace_fit"] == "none: there are no latents"
 
 
 def test_a_density_with_a_jump_is_noticed():
@@ -254,6 +268,8 @@ def test_a_density_with_a_jump_is_noticed():
     exact = 1 / np.sqrt((loss(best + 1e-3) - 2 * loss(best) + loss(best - 1e-3)) / 1e-6)
     assert report.standard_errors["mean"] == pytest.approx(exact, rel=0.05)
     assert report.log_evidence == pytest.approx(-loss(best), abs=4 * report.log_evidence_std)
+    assert report.diagnostics["laplace_fit"] == "none: the density jumps in the latents"
+    assert np.isnan(report.diagnostics["laplace_params"]["mean"])
 
 
 def test_a_rotation_is_named_and_what_it_leaves_alone_is_exact():

@@ -13,13 +13,14 @@ from jax.example_libraries import optimizers
 
 from numpyro_smcopt.theta_step import (
     FisherStep,
+    LimitedStep,
     NaturalStep,
     OptimizerStep,
     Surroundings,
     as_theta_step,
     inverse_metric,
 )
-from numpyro_smcopt.uncertainty import Information, fisher_information
+from numpyro_smcopt.uncertainty import Fisher, Information, fisher_information
 
 P = 4
 
@@ -109,6 +110,29 @@ def test_natural_step_costs_no_more_ess_than_it_may():
         step.init(jnp.zeros(P)), jnp.zeros(P), Surroundings(gradient, jnp.zeros(()), lambda: information)
     )
     np.testing.assert_allclose(share * theta @ missing @ theta, -np.log(target), rtol=1e-4)
+
+
+@pytest.mark.parametrize("step", [FisherStep(), LimitedStep(optax.sgd(1e6))], ids=["fisher", "limited"])
+def test_steps_that_particles_must_follow_are_shorter(step):
+    """Without weights a step may have a part of the length that the effective sample size allows."""
+    complete, _, optimum = quadratic()
+    matrix = jnp.asarray(complete, jnp.float32)
+
+    def moved(reach):
+        around = Surroundings(
+            jnp.asarray(-1e3 * optimum, jnp.float32),
+            jnp.zeros(()),
+            fisher=lambda: Fisher(matrix, jnp.asarray(1e9)),
+            spread=lambda step: step @ matrix @ step,
+            kept=lambda step: jnp.ones(()),
+            reach=reach,
+        )
+        return np.asarray(step.update(step.init(jnp.zeros(P)), jnp.zeros(P), around)[0], float)
+
+    whole, part = moved(1.0), moved(0.05)
+    ridge = step.floor * np.diag(complete) if isinstance(step, FisherStep) else 0.0
+    assert whole @ complete @ whole + np.sum(ridge * whole**2) == pytest.approx(-np.log(0.8), rel=1e-3)
+    np.testing.assert_allclose(part, 0.05 * whole, rtol=1e-4)
 
 
 def test_inverse_metric_is_floored_and_never_indefinite():

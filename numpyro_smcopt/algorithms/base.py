@@ -33,7 +33,7 @@ from numpyro_smcopt.checkpoint import Saved, digest, restore, without_addresses
 from numpyro_smcopt.convergence import EarlyStop, look
 from numpyro_smcopt.kernels import HMC, InvariantKernel
 from numpyro_smcopt.reporting.assembly import make_report
-from numpyro_smcopt.reporting.exploration import Cloud, Exploration, explore
+from numpyro_smcopt.reporting.exploration import Cloud, Exploration, LaplacePoint, explore, laplace_at
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult, Status
 from numpyro_smcopt.target import (
@@ -649,7 +649,10 @@ class ParticleAlgorithm(abc.ABC):
                 init_strategy=strategy,
             )
 
-        return make_report(state.params, explore_at, target.sites.num_observations)
+        def by_laplace(params: Params) -> LaplacePoint | str:
+            return laplace_at(rng_key, start, params, cloud, sandwich=sandwich)
+
+        return make_report(state.params, explore_at, by_laplace, target.sites.num_observations)
 
     # -- small print --------------------------------------------------------------------------------------------------
     def _check_model(self, target: Target) -> None:

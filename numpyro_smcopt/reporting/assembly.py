@@ -3,12 +3,14 @@
 """From an exploration at the estimate to a report: errors, intervals, boundaries, and warnings with their remedies."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from numpyro.distributions import biject_to
 
-from numpyro_smcopt.reporting.exploration import Exploration, about_draws
+from numpyro_smcopt.reporting.exploration import Exploration, LaplacePoint, about_draws
+from numpyro_smcopt.reporting.laplace_fit import CONVERGED, LaplaceFit, laplace_fit
 from numpyro_smcopt.reporting.programs import Slopes
 from numpyro_smcopt.reporting.report import Boundary, Report, acts_elementwise, coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error
@@ -24,19 +26,24 @@ TINY_DROP = 1e-4  # in nats, less is noise
 SHORTEST_STEP, LONGEST_STEP = 0.15, 2.0
 JUMP, JUMP_ERRORS = 0.1, 6.0  # in root information, and in standard errors
 LAPLACE_OFF = 0.1  # nats
+LAPLACE_AWAY = 0.5  # standard errors between our estimate and Laplace's that are worth a warning
 MOVING = 0.1  # standard errors from the maximum, beyond which theta is said to be moving
 NOISY = 0.05  # relative error of a standard error that is worth a warning
 
 ExploreFn = Callable[[Params, bool], Exploration]
 """Explores at other constrained parameters, with the same randomness; False: the density jumps in the latents."""
 
+LaplaceFn = Callable[[Params], LaplacePoint | str]
+"""Laplace's approximation at other constrained parameters, or in words why there is none."""
 
-def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Report:
+
+def make_report(params: Params, explore: ExploreFn, laplace_at: LaplaceFn, num_observations: int) -> Report:
     """Explore at the estimate and say what is known.
 
     Args:
         params: The estimate, constrained.
         explore: Explores at given parameters.
+        laplace_at: Evaluates Laplace's approximation there.
         num_observations: For BIC.
     """
     params = jax.device_get(params)
@@ -68,6 +75,8 @@ def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Re
         middle = curvature.covariance @ np.asarray(found.outer, float) @ curvature.covariance
         sandwich = np.where(known[:, None] & known, jacobian @ middle @ jacobian.T, np.nan)
     mc_errors = np.where(known, np.hypot(away, blur), np.nan)
+    by_laplace = _fit_by_laplace(found, curvature, laplace_at)
+    warnings += _about_laplace_fit(by_laplace, found, curvature, theta_names)
     return Report(
         params=params,
         standard_errors=unravel(standard_errors, params),
@@ -85,6 +94,9 @@ def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Re
             "score_z": unravel(curvature.score_z, found.fixed.theta),
             "standard_error_noise": unravel(curvature.noise, found.fixed.theta),
             "laplace_log_evidence": found.laplace,
+            "laplace_params": by_laplace.params,
+            "laplace_distance": unravel(by_laplace.distance, found.fixed.theta),
+            "laplace_fit": by_laplace.status,
             "distance": unravel(_distance(curvature), found.fixed.theta),
             "pareto_k": found.pareto_k,
             "tempered": found.tempered,
@@ -200,6 +212,30 @@ def _profile(k: int, direction: float, found: Exploration, explore: Callable[[Pa
     return Boundary(float(limit), np.asarray(values), drops)
 
 
+# -- Laplace's maximum ---------------------------------------------------------------------------------------------
+class _ByLaplace(NamedTuple):
+    """Constrained parameters, [P] their distance from the estimate in standard errors, and what they are in words."""
+
+    params: Params
+    distance: np.ndarray
+    status: str
+
+
+def _fit_by_laplace(found: Exploration, curvature: Curvature, laplace_at: LaplaceFn) -> _ByLaplace:
+    flat, here = ravel(found.fixed.theta), found.laplace_point
+    deviation = np.sqrt(np.diag(curvature.covariance))
+    if isinstance(here, str) or not np.any(deviation > 0):
+        unknown = np.full(len(flat), np.nan)
+        reason = here if isinstance(here, str) else "no parameter has a standard error"
+        missing = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan), constrained(flat, found))
+        return _ByLaplace(missing, unknown, f"none: {reason}")
+    fit: LaplaceFit = laplace_fit(here, curvature.covariance, lambda theta: laplace_at(constrained(theta, found)))
+    unknown = np.full(len(flat), np.nan)
+    distance = np.divide(fit.theta - flat, deviation, out=unknown, where=curvature.identified & (deviation > 0))
+    status = "maximum" if fit.converged else "still rising"
+    return _ByLaplace(constrained(fit.theta, found), distance, status)
+
+
 # -- warnings ------------------------------------------------------------------------------------------------------
 def _about_laplace(found: Exploration) -> list[str]:
     error = found.laplace - found.log_evidence
@@ -213,6 +249,27 @@ def _about_laplace(found: Exploration) -> list[str]:
 
 def _some(descriptions: Sequence[str]) -> str:
     return "; ".join(descriptions[:5]) + ("; ..." if len(descriptions) > 5 else "")
+
+
+def _about_laplace_fit(
+    by_laplace: _ByLaplace, found: Exploration, curvature: Curvature, names: Sequence[str]
+) -> list[str]:
+    """Beyond the Monte Carlo error of the estimate and what the walk of `laplace_fit` leaves."""
+    away, blur = mean_and_error(curvature.steps)
+    deviation = np.sqrt(np.diag(curvature.covariance))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        least = LAPLACE_AWAY + np.hypot(away, blur) / deviation + CONVERGED
+        differs = np.flatnonzero(np.abs(by_laplace.distance) > least)
+    if not len(differs):
+        return []
+    worst = sorted(differs.tolist(), key=lambda k: -abs(by_laplace.distance[k]))
+    shown = ", ".join(f"{names[k]} by {by_laplace.distance[k]:+.1f}" for k in worst[:4])
+    more = f" and {len(worst) - 4} more" if len(worst) > 4 else ""
+    open_end = "" if by_laplace.status == "maximum" else "at least "
+    return [
+        "A maximum likelihood fit by Laplace's approximation would differ, in standard errors: "
+        f"{open_end}{shown}{more}. See report.diagnostics['laplace_params']."
+    ]
 
 
 def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], names: Sequence[str]) -> list[str]:

@@ -21,13 +21,30 @@ from numpyro_smcopt.algorithms.start import Start, starts_from_prior
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.reporting import islands, programs
-from numpyro_smcopt.reporting.reference import draw_uniforms
+from numpyro_smcopt.reporting.reference import SIZE, draw_uniforms
 from numpyro_smcopt.types import Array, Params
 
 NOISY_EVIDENCE = 0.5  # nats
 FEW_DRAWS = 40.0
 NO_TAIL = 1e-3  # nats between the heaviest fifth of the weights
 HEAVY_TAIL = 0.7
+NO_DERIVATIVES = "there are too many parameters, or too many latents in a block"
+
+
+class LaplacePoint(NamedTuple):
+    """Laplace's approximation of the log marginal likelihood at a theta; arrays of the host.
+
+    Attributes:
+        theta: [P] flat and unconstrained.
+        terms: [K] energy terms at the mode of the latents.
+        log_volumes: [B] what the blocks add: ``D_b / 2 log(2 pi) - 1/2 log det H_b``.
+        score: [P] gradient of minus the approximation.
+    """
+
+    theta: np.ndarray
+    terms: np.ndarray
+    log_volumes: np.ndarray
+    score: np.ndarray
 
 
 class Exploration(NamedTuple):
@@ -39,8 +56,10 @@ class Exploration(NamedTuple):
         std: Its standard deviation: Monte Carlo error and rounding.
         relative: Whether the prior cannot be drawn from, so that only slopes and samples are known.
         laplace: The Laplace approximation of the log evidence; NaN if there is none.
+        laplace_point: The same and its gradient, or in words why there is none.
         ess: [B] effective number of draws.
         tempered: Whether drawing from the reference did not suffice.
+        num_particles: Draws behind it, those of the populations if they were tempered.
         acceptance: Mean acceptance of the last moves; NaN if nothing was moved.
         num_unfinished: Blocks of islands that did not reach temperature one.
         num_ancestors: Draws at the start of a tempered island that have descendants, in the worst block of the worst
@@ -57,8 +76,10 @@ class Exploration(NamedTuple):
     std: float
     relative: bool
     laplace: float
+    laplace_point: LaplacePoint | str
     ess: np.ndarray
     tempered: bool
+    num_particles: int
     acceptance: float
     num_unfinished: int
     num_ancestors: float
@@ -108,26 +129,25 @@ def explore(
         sandwich: Whether the outer product of the scores of independent units is wanted, too.
         continuous: Whether the density is continuous in the latents, so that they may move along with theta.
         init_strategy: Where particles start, if not in the prior.
-        num_islands: Independent sets of draws, an even number; by default as many as the model's work allows.
+        num_islands: Independent sets of draws, an even number; by default as many as the model's work allows. So many
+            populations are tempered, too, should that be necessary, but not fewer than the spread of which is known.
     """
     sites, blocks = start.target.sites, cloud.blocks
     if sites.num_latents == 0:
         return _exact(rng_key, start, params, sandwich)
     rng = host_generator(rng_key)
-    work = start.target.work(start.theta)
     num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta)) if derivatives else 0
     order = rng.uniform(size=(2, blocks.num_blocks)).astype(cloud.x.dtype)
     if not laplace.affordable(blocks):
         small = 0 < num_params <= budget.LARGEST_INFORMATION
-        return _explore_wide(rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy)
+        wanted = 0 if num_islands is None else -(-num_islands * SIZE // cloud.x.shape[0])
+        return _explore_wide(
+            rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy, wanted
+        )
 
-    num = num_islands or budget.num_islands(work)
-    informing = budget.num_informing(num, num_params, work)
-    sandwich = sandwich and informing > 0
-    uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
-    transported = continuous and num_params * blocks.width * work <= budget.TRANSPORT_WORK
-    draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
-    drawn = start.call(*draw, rng_key, uniforms, order, params, cloud.x, cloud.log_weights, blocks)
+    num, informing, sandwich, drawn = _draw(
+        rng, rng_key, start, params, cloud, order, num_params, sandwich, continuous, num_islands
+    )
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
     rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
     pareto_k = _pareto_k(np.asarray(drawn.worst_log_weights))
@@ -136,7 +156,7 @@ def explore(
     tempered = not found.trustworthy or pareto_k > HEAVY_TAIL
     acceptance, num_unfinished, num_ancestors = np.nan, 0, np.nan
     if tempered:
-        num = budget.TEMPERED_ISLANDS
+        num = max(budget.TEMPERED_ISLANDS, num_islands or 0)
         keys = random.split(rng_key, num)
         some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
@@ -145,20 +165,25 @@ def explore(
         rest, pareto_k = (done.slopes, done.outer, done.samples, done.log_weights), np.nan
         acceptance, num_unfinished = float(np.mean(done.acceptance)), int(np.sum(done.num_unfinished))
         num_ancestors = float(np.min(done.num_ancestors))
-    fixed, reference = jax.device_get((drawn.fixed, drawn.reference._replace(factor=None, inverse=None)))
-    at_center = -float(np.sum(reference.base, dtype=float))
-    approximation = at_center + float(np.sum(reference.laplace, dtype=float))
+    reference = drawn.reference
+    fixed, base, log_volumes, concave = jax.device_get(
+        (drawn.fixed, reference.base, reference.laplace, reference.concave)
+    )
+    point = _laplace_point(drawn, "the density jumps in the latents" if not continuous else NO_DERIVATIVES)
+    approximation = float(np.sum(log_volumes, dtype=float)) - float(np.sum(base, dtype=float))
     # The terms themselves are rounded, by half a unit in the last place at best.
-    rounding = float(np.finfo(reference.base.dtype).eps * np.sum(np.abs(reference.base), dtype=float))
+    rounding = float(np.finfo(base.dtype).eps * np.sum(np.abs(base), dtype=float))
     slopes, outer, samples, log_weights = rest
     return Exploration(
         fixed=fixed,
         log_evidence=approximation + float(np.sum(found.log_evidence)),
         std=float(np.hypot(np.sqrt(np.sum(found.variance)), rounding)),
         relative=False,
-        laplace=approximation if np.all(reference.concave) else np.nan,
+        laplace=approximation if np.all(concave) else np.nan,
+        laplace_point=point,
         ess=found.ess,
         tempered=tempered,
+        num_particles=num * SIZE,
         acceptance=acceptance,
         num_unfinished=num_unfinished,
         num_ancestors=num_ancestors,
@@ -168,6 +193,64 @@ def explore(
         samples=samples,
         log_weights=log_weights,
     )
+
+
+def laplace_at(
+    rng_key: Array, start: Start, params: Params, cloud: Cloud, *, sandwich: bool = False
+) -> LaplacePoint | str:
+    """Laplace's approximation at other parameters than those that were explored: the same program again.
+
+    Args:
+        rng_key: See `explore`, whose arguments the others must be, too.
+        start: The target.
+        params: Constrained.
+        cloud: Particles.
+        sandwich: As it was.
+
+    Returns:
+        The approximation, or in words why there is none.
+    """
+    rng = host_generator(rng_key)
+    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta))
+    order = rng.uniform(size=(2, cloud.blocks.num_blocks)).astype(cloud.x.dtype)
+    drawn = _draw(rng, rng_key, start, params, cloud, order, num_params, sandwich, True, None)[3]
+    return _laplace_point(drawn, NO_DERIVATIVES)
+
+
+def _draw(
+    rng: np.random.Generator,
+    rng_key: Array,
+    start: Start,
+    params: Params,
+    cloud: Cloud,
+    order: np.ndarray,
+    num_params: int,
+    sandwich: bool,
+    continuous: bool,
+    num_islands: int | None,
+) -> tuple[int, int, bool, programs.Drawn]:
+    """How many islands there are, and inform derivatives; whether there is a sandwich; the draws of the reference."""
+    sites, blocks, work = start.target.sites, cloud.blocks, start.target.work(start.theta)
+    num = num_islands or budget.num_islands(work)
+    informing = budget.num_informing(num, num_params, work)
+    sandwich = sandwich and informing > 0
+    uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
+    transported = continuous and num_params * blocks.width * work <= budget.TRANSPORT_WORK
+    draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
+    drawn = start.call(*draw, rng_key, uniforms, order, params, cloud.x, cloud.log_weights, blocks)
+    return num, informing, sandwich, drawn
+
+
+def _laplace_point(drawn: programs.Drawn, without_score: str) -> LaplacePoint | str:
+    if drawn.laplace_score is None:
+        return without_score
+    reference = drawn.reference
+    theta = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(drawn.fixed.theta))])
+    found = jax.device_get((reference.base, reference.laplace, drawn.laplace_score))
+    point = LaplacePoint(*(np.asarray(v, float) for v in (theta, *found)))
+    if not np.all(np.asarray(reference.concave)) or not all(np.all(np.isfinite(v)) for v in point):
+        return "the posterior of the latents has no proper mode"
+    return point
 
 
 def _explore_wide(
@@ -180,11 +263,12 @@ def _explore_wide(
     informing: bool,
     sandwich: bool,
     init_strategy: Callable | None,
+    wanted: int,
 ) -> Exploration:
-    num_particles = cloud.x.shape[0]
+    num_particles, num = cloud.x.shape[0], max(budget.WIDE_ISLANDS, wanted)
     build = programs.wide_program(kernel, num_particles, informing, sandwich, init_strategy)
     wide = ("wide", kernel, num_particles, informing, sandwich), build
-    keys = random.split(rng_key, budget.WIDE_ISLANDS)
+    keys = random.split(rng_key, num)
     fixed, done = jax.device_get(start.call(*wide, keys, order, params, cloud.x[0], cloud.blocks))
     found = islands.combine_tempered(done.log_evidence)
     known = starts_from_prior(start.target, init_strategy)
@@ -194,8 +278,10 @@ def _explore_wide(
         std=float(np.sqrt(np.sum(found.variance))) if known else np.nan,
         relative=not known,
         laplace=np.nan,
+        laplace_point=f"blocks of {cloud.blocks.width} latents are too large for their Hessians",
         ess=found.ess,
         tempered=True,
+        num_particles=num * num_particles,
         acceptance=float(np.mean(done.acceptance)),
         num_unfinished=int(np.sum(done.num_unfinished)),
         num_ancestors=float(np.min(done.num_ancestors)),
@@ -217,8 +303,10 @@ def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Expl
         std=0.0,
         relative=False,
         laplace=value,
+        laplace_point="there are no latents",
         ess=np.array([np.inf]),
         tempered=False,
+        num_particles=0,
         acceptance=np.nan,
         num_unfinished=0,
         num_ancestors=np.nan,

@@ -75,6 +75,7 @@ class Drawn(NamedTuple):
         at_probes: [N, B] log weights of the particles of the cloud.
         worst_log_weights: [R N] log weights of the block with the fewest effective draws.
         slopes: See `Slopes`.
+        laplace_score: [P] see `_laplace_score`; None without transport.
         outer: [P, P] see `_outer_scores`.
         samples: Latent and deterministic sites, [S, ...].
         log_weights: [S].
@@ -87,6 +88,7 @@ class Drawn(NamedTuple):
     at_probes: Array
     worst_log_weights: Array
     slopes: Slopes | None
+    laplace_score: Array | None
     outer: Array | None
     samples: dict[str, Array]
     log_weights: Array
@@ -119,9 +121,11 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         terms_fn, flat, _ = flat_terms(target, fixed.theta)
         reference = fit_reference(lambda x: terms_fn(flat, x), x, log_weights, blocks)
         islands, tally, at_probes = weigh_islands(rng_key, uniforms, target, fixed.theta, reference, blocks, x)
-        transport = slopes = outer = None
+        transport = slopes = laplace_score = outer = None
         if num_informing:
-            transport = laplace_transport(terms_fn, flat, reference, blocks) if transported else None
+            if transported:
+                transport = laplace_transport(terms_fn, flat, reference, blocks)
+                laplace_score = _laplace_score(terms_fn, flat, reference, transport)
             some = jax.tree.map(lambda v: v[:num_informing], islands)
             slopes = _differentiate(target, fixed.theta, reference, transport, blocks, some)
             if sandwich:
@@ -129,7 +133,7 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         every = islands.log_weights.reshape(-1, blocks.num_blocks)
         worst = every[:, jnp.argmin(effective_sample_size(every))]
         samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
-        return Drawn(fixed, reference, transport, tally, at_probes, worst, slopes, outer, *samples)
+        return Drawn(fixed, reference, transport, tally, at_probes, worst, slopes, laplace_score, outer, *samples)
 
     return program
 
@@ -278,6 +282,15 @@ def _differentiate(
 
     score, plain, information, complete = lax.map(of_island, islands)
     return Slopes(score, plain, information, complete.mean(0))
+
+
+def _laplace_score(terms_fn: Callable, flat: Array, reference: Reference, transport: Transport) -> Array:
+    """[P] gradient of minus Laplace's approximation of the log marginal likelihood: no draws, and so no noise.
+
+    Along the mode the energy does not change but by theta itself, and the transport knows how the curvature does.
+    """
+    at_mode = jax.grad(lambda t: jnp.sum(terms_fn(t, reference.center)))(flat)
+    return at_mode - jnp.sum(transport.log_volume_slopes(), 1)
 
 
 def _moving(

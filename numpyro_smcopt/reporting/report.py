@@ -68,10 +68,13 @@ class Report:
             that of Monte Carlo and of rounding. ``distance``, like ``theta``: the way from the estimate to the maximum,
             in standard errors. ``standard_error_noise``, like ``theta``: relative Monte Carlo error of the standard
             errors. ``laplace_log_evidence``: Laplace's approximation of ``log_evidence``; NaN if there is none.
-            ``pareto_k``: tail index of the importance weights in the worst block; NaN if there are none, minus infinity
-            without a tail. ``tempered``: whether populations were tempered instead; then ``unique_ancestors`` counts
-            the first draws that have descendants, in the worst block of the worst population, and ``acceptance_rate``
-            is that of the last moves.
+            ``laplace_params``, like ``params``: where maximum likelihood by Laplace's approximation ends, and
+            ``laplace_distance``, like ``theta``: how far that is from the estimate, in standard errors; NaN if there is
+            no such fit. ``laplace_fit`` says what they are: ``"maximum"``; ``"still rising"`` if none was found nearby;
+            or ``"none: "`` and the reason. ``pareto_k``: tail index of the importance weights in the worst block; NaN
+            if there are none, minus infinity without a tail. ``tempered``: whether populations were tempered instead;
+            then ``unique_ancestors`` counts the first draws that have descendants, in the worst block of the worst
+            population, and ``acceptance_rate`` is that of the last moves.
         warnings: What is wrong or special, and what to do about it.
         theta: The estimate, unconstrained.
         theta_covariance: [P, P] covariance of the flat ``theta``.

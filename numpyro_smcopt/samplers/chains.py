@@ -46,6 +46,8 @@ from numpyro_smcopt.theta_step import Surroundings, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, reweight, uniform_log_weights
 
+RELAXATION = 2.0  # time in which a cloud of unit scale forgets where it was: one, if every other move is accepted
+
 Schedule = Callable[[Array], Array]
 """The number of an update to a factor, as in `optax.schedules`."""
 
@@ -172,7 +174,11 @@ class Chains(Sampler):
         """See `Sampler.surroundings`."""
         _, flat, _ = flat_terms(target, theta)
         around = surroundings(target, theta, flat, particles.points, particles.log_weights, blocks, num_updates)
-        return around._replace(elapsed=particles.elapsed)
+        # Particles without weights have to follow: theta goes as far in a time of relaxation as one step may go. In the
+        # coordinates of the preconditioner the cloud has unit scale.
+        at_first = self.moves_per_update * jnp.mean(particles.step.size)
+        time = jnp.where(particles.elapsed > 0, particles.elapsed, at_first)
+        return around._replace(elapsed=particles.elapsed, reach=jnp.minimum(1.0, time / RELAXATION))
 
     def advance(
         self,

@@ -61,7 +61,8 @@ class Gradient(enum.Enum):
     """How a loss is differentiated.
 
     ``ADJOINT``: backwards along the path; needs a differentiable reward, and has little noise.
-    ``SCORE_FUNCTION``: by the density of the path, for rewards without a gradient; its noise grows with T.
+    ``SCORE_FUNCTION``: by the density of the path, for rewards without a gradient; its noise grows with the time that a
+    path takes, though not with the number of steps in it.
     """
 
     ADJOINT = "adjoint"

@@ -5,8 +5,8 @@
 *gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 5)^-0.7`` after ``s`` reversals, so a far start is
 walked from at full speed and noise is averaged out near the minimum, without a horizon to be given;
 
-*length*: ``max_b Var(step . grad_theta U_b) <= -log(target_ess)``, which keeps the effective sample size of every block
-above ``target_ess`` to first order;
+*length*: ``max_b Var(step . grad_theta U_b) <= -log(target_ess) reach^2``, which keeps the effective sample size of
+every block above ``target_ess`` to first order: after one step, or after ``1 / reach`` of them in one direction;
 
 *average*: the answer is an average of the iterates that forgets the approach, ``weight_k ~ s_k^2``.
 """
@@ -36,6 +36,8 @@ class Surroundings(NamedTuple):
         spread: ``step [P] -> []``, the variance over the particles of the change of energy that a step makes.
         kept: ``step [P] -> []``, the fraction of effective particles that a step leaves; not to first order.
         elapsed: [] how long the particles moved since the last step, in units of their own time.
+        reach: [] share of the length that ``target_ess`` allows which a step may have; less than one where particles
+            without weights have to catch up before theta has gone that far.
         admit: ``step [P] -> [P]``, what is to be taken of a step, after all that shortens it from outside.
     """
 
@@ -47,6 +49,7 @@ class Surroundings(NamedTuple):
     spread: Callable[[Array], Array] = _unknown
     kept: Callable[[Array], Array] = _unknown
     elapsed: Array | float = 0.0
+    reach: Array | float = 1.0
     admit: Callable[[Array], Array] = lambda step: step
 
 
@@ -69,9 +72,10 @@ def gain(reversals: Array, patience: float) -> Array:
     return (1 + reversals / patience) ** -0.7
 
 
-def shortened(step: Array, spread: Array, target_ess: float) -> Array:
+def shortened(step: Array, spread: Array, target_ess: float, reach: Array | float = 1.0) -> Array:
     """The step, no longer than its ``spread``, a variance of log weights, allows."""
-    return step * jnp.sqrt(jnp.minimum(1.0, -jnp.log(target_ess) / jnp.maximum(spread, 1e-30)))
+    longest = reach * jnp.sqrt(-jnp.log(target_ess) / jnp.maximum(spread, 1e-30))
+    return step * jnp.minimum(1.0, longest).astype(step.dtype)
 
 
 def averaged(average: Array, theta: Array, reversals: Array) -> Array:

@@ -9,6 +9,7 @@ relative to ``G``. ``G`` is that of the particles: in units of its diagonal its 
 ``P / N``, and where there are more parameters than particles, they see no more than a part of it. That much is added to
 the diagonal, in the step and in what bounds its length. A coordinate on which the law does not depend stays. What a
 step leaves of the effective particles is tried before it is made, for a network is linear over short distances only.
+Where particles have no weights and have to follow, the steps of one relaxation time together are that short.
 Gain, length and average follow the rules of `theta_step.base`. Source: Amari 1998.
 """
 
@@ -88,7 +89,7 @@ class FisherStep:
 
         # Length and average
         spread = step @ fisher @ step + ridge * (step**2 @ jnp.diag(fisher))
-        step = shortened(step, spread, self.target_ess)
+        step = shortened(step, spread, self.target_ess, around.reach)
         step = self._tried(step, spread, around)
         theta = theta + around.admit(step)
         average = averaged(state.average, theta, reversals)

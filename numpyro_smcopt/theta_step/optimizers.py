@@ -93,7 +93,7 @@ class LimitedStep:
     def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         step, new = self.optim.update(around.gradient, state, theta)
-        return theta + around.admit(shortened(step, around.spread(step), self.target_ess)), new
+        return theta + around.admit(shortened(step, around.spread(step), self.target_ess, around.reach)), new
 
     def estimate(self, state: Any, theta: Array) -> Array:
         """See `ThetaStep.estimate`."""

@@ -1,0 +1,76 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""Where maximum likelihood by Laplace's approximation would end: what lme4's `glmer` and TMB report by default.
+
+The walk begins at the estimate. The gradient of the approximation is exact there and the information is known, so one
+Newton step says whether the two maxima differ. Only if they do is the approximation evaluated elsewhere, by a program
+that is compiled already, and the information corrected on the way (BFGS).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from numpyro_smcopt.reporting.exploration import LaplacePoint
+
+# Lengths are the largest over the coordinates, in standard errors.
+CLOSE = 0.1  # of a Newton step that needs no second one: what it lacks is of its square
+CONVERGED = 0.01
+LONGEST = 2.0
+FURTHEST = 20.0
+MOST_EVALUATIONS = 25
+SHORTER = 4.0
+WORSE = 1e-3  # nats, less is rounding
+
+
+class LaplaceFit(NamedTuple):
+    """The maximum of Laplace's approximation of the marginal likelihood.
+
+    Attributes:
+        theta: [P] flat and unconstrained; the last iterate if there is no maximum nearby.
+        converged: Whether it is one.
+    """
+
+    theta: np.ndarray
+    converged: bool
+
+
+def laplace_fit(
+    here: LaplacePoint, covariance: np.ndarray, evaluate: Callable[[np.ndarray], LaplacePoint | str]
+) -> LaplaceFit:
+    """Walk from the estimate to the maximum of Laplace's approximation.
+
+    Args:
+        here: The approximation at the estimate.
+        covariance: [P, P] of the estimate; coordinates whose rows are zero stay.
+        evaluate: The approximation at a flat ``theta [P]``, or in words why there is none.
+    """
+    start, inverse, fraction = here.theta, covariance, 1.0
+    deviation = np.sqrt(np.diag(covariance))
+    length = lambda step: np.max(np.abs(step[deviation > 0]) / deviation[deviation > 0], initial=0.0)  # noqa: E731
+    step = -inverse @ here.score
+    if length(step) < CLOSE:
+        return LaplaceFit(start + step, True)
+    for _ in range(MOST_EVALUATIONS):
+        step = -inverse @ here.score
+        if length(step) < CONVERGED:
+            return LaplaceFit(here.theta + step, True)
+        step *= fraction * min(1.0, LONGEST / length(step))
+        if length(here.theta + step - start) > FURTHEST:
+            break
+        there = evaluate(here.theta + step)
+        if isinstance(there, str) or _change(here, there) > WORSE:
+            fraction /= SHORTER
+            continue
+        turn, fraction = there.score - here.score, 1.0
+        if step @ turn > 0:
+            left = np.eye(len(step)) - np.outer(step, turn) / (step @ turn)
+            inverse = left @ inverse @ left.T + np.outer(step, step) / (step @ turn)
+        here = there
+    return LaplaceFit(here.theta, False)
+
+
+def _change(here: LaplacePoint, there: LaplacePoint) -> float:
+    """Of minus the log likelihood. The terms are subtracted first: totals of a million observations would cancel."""
+    return float(np.sum(there.terms - here.terms) - np.sum(there.log_volumes - here.log_volumes))
