@@ -56,6 +56,17 @@ def test_a_model_without_parameters_is_pointed_to_the_helper():
         init(model, Y)
 
 
+def test_a_model_that_observes_nothing():
+    def model(y=None):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("data", 3):
+            x = numpyro.sample("x", dist.Normal(mean, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    with refused(ValueError, "The model observes nothing", "'x', 'y'", "obs="):
+        init(model)
+
+
 def test_a_model_that_is_no_function():
     with refused(TypeError, "model must be a callable", "got str"):
         SMCOptimizer("model")

@@ -472,3 +472,18 @@ def test_gradients_of_single_particles_are_kept_only_where_they_are_short():
     reward = Reward(lambda sample: jnp.tanh(sample["x"][0]))
     state = SMCOptimizer(network, optax.sgd(0.1), reward, kernel=MALA(), num_particles=16).init(random.key(0))
     assert state.points.score is None
+
+
+def test_joint_weights_have_more_particles():
+    """Of the same work; the bias of weighted means is averaged out over independent blocks only."""
+
+    def model(y):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("groups", y.shape[1]):
+            x = numpyro.sample("x", dist.Normal(mean, 1.0))
+            with numpyro.plate("members", y.shape[0]):
+                numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    shapes = {shape: np.zeros(shape, np.float32) for shape in [(20_000, 1), (200, 100)]}
+    num = {shape: SMCOptimizer(model).init(random.key(0), y).log_weights.shape for shape, y in shapes.items()}
+    assert num == {(20_000, 1): (128, 1), (200, 100): (32, 100)}

@@ -43,6 +43,15 @@ def fewest_without_information(num_blocks: int) -> int:
     return int(np.clip(enough, FEWEST_WITHOUT_INFORMATION, FEWEST_PARTICLES))
 
 
+def fewest_with_weights(num_blocks: int) -> int:
+    """The smallest default number of weighted particles.
+
+    The bias of weighted means falls with their number, and only independent blocks average it out: with 32 particles a
+    stochastic volatility of 945 latents in one block ended 0.2 standard errors off, with 128 it is 0.04.
+    """
+    return int(np.clip(MOST_PARTICLES // num_blocks, FEWEST_PARTICLES, MOST_PARTICLES))
+
+
 def carries_scores(num_particles: int, num_params: int, num_blocks: int, work: int, num_evaluations: int) -> bool:
     """Whether every particle keeps its gradient in theta, so that none is taken of the cloud.
 

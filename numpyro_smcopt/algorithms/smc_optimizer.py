@@ -213,7 +213,7 @@ class SMCOptimizer(ParticleAlgorithm):
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
         self.objective.check(target, theta)
         blocks = start_blocks(rng_key, start, self.partition, self.init_strategy)
-        num_particles = self._num_particles_for(target, theta)
+        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
         first = ("first", num_particles), self._first_state(num_particles)
         start.foresee(start.prepare(*first, rng_key, theta, blocks, mode)[0])
         warm = warm_theta(start, blocks) if self.optim is None and self._maximises_likelihood else None
@@ -226,11 +226,13 @@ class SMCOptimizer(ParticleAlgorithm):
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
         return state
 
-    def _num_particles_for(self, target: Target, theta: Theta) -> int:
+    def _num_particles_for(self, target: Target, theta: Theta, num_blocks: int) -> int:
         if target.sites.num_latents == 0:
             return 1  # plain maximum likelihood: there is nothing to integrate out
         return self.num_particles or budget.default_num_particles(
-            target.work(theta), control_variates=self._maximises_likelihood
+            target.work(theta),
+            control_variates=self._maximises_likelihood,
+            fewest=budget.fewest_with_weights(num_blocks),
         )
 
     def _first_state(self, num_particles: int) -> Callable:

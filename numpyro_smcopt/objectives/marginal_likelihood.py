@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.control_variates import calibrated_weights
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene
+from numpyro_smcopt.target import Target
+from numpyro_smcopt.types import Theta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,17 @@ class MarginalLikelihood(Objective):
 
     control_variates: bool = True
     whole_particles = False
+
+    def check(self, target: Target, theta: Theta) -> None:
+        """Refuse a model without observations, of which every theta is as likely as any other."""
+        del theta
+        sites = target.sites
+        if sites.num_latents and all(is_prior for _, _, is_prior in sites.terms):
+            raise ValueError(
+                f"The model observes nothing: all of its sample sites ({', '.join(map(repr, sites.latents))}) are "
+                "latent. Pass the observations to the model, as the argument that becomes `obs=`, or condition it on "
+                "them with numpyro.handlers.condition."
+            )
 
     def estimate(self, scene: Scene, cloud: Cloud) -> Estimate:
         """See `Objective.estimate`."""
