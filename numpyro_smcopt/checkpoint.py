@@ -90,7 +90,11 @@ def load(path: str | os.PathLike) -> Saved:
     except (zipfile.BadZipFile, KeyError, TypeError, UnicodeDecodeError, EOFError, NotImplementedError) as error:
         damage: Exception = error
     except (OSError, RuntimeError) as error:  # a damaged directory may send a read anywhere, or ask for a password
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(
+                f"There is no checkpoint at '{path}'. It is written by run(..., checkpoint='{path}')."
+            ) from error
+        if isinstance(error, PermissionError | IsADirectoryError):
             raise
         damage = error
     except ValueError as error:  # JSON or the header of an array

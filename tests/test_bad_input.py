@@ -222,6 +222,11 @@ def test_num_steps(number):
         SMCOptimizer(normal).run(random.key(0), number, Y, progress_bar=False)
 
 
+def test_num_steps_left_out():
+    with refused(ValueError, "num_steps must be a positive integer", r"got an array of shape \(500,\)"):
+        SMCOptimizer(normal).run(random.key(0), np.zeros(500))
+
+
 @pytest.mark.parametrize("number", [0, -3, 2.5, "10", True])
 def test_num_particles(number):
     with refused(ValueError, "num_particles must be a positive integer", f"got {number!r}"):

@@ -108,7 +108,7 @@ def test_files_of_the_future_and_of_nobody(tmp_path):
         archive.writestr("header.json", '{"format": 99}')
     with pytest.raises(ValueError, match="format 99, this version reads 1"):
         load(tmp_path / "file")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at '.*absent'"):
         load(tmp_path / "absent")
 
 

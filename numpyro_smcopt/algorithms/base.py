@@ -791,5 +791,7 @@ def check_number(name: str, value: Any) -> None:
 def positive(name: str, number: Any) -> int:
     """A positive integer, or a ValueError that names the argument."""
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {number!r}.")
+        shape = getattr(number, "shape", ())
+        got = f"an array of shape {shape}" if shape else repr(number)  # data, where the number was left out
+        raise ValueError(f"{name} must be a positive integer, got {got}.")
     return int(number)
