@@ -140,15 +140,8 @@ def live(
         return states._replace(blocks=stacked.blocks), records
 
     def early(stacked: Any, records: Any) -> list[str]:
-        found = [
-            [
-                _named(k, plan, message)
-                for message in algorithm._early_faults(part(stacked, k), own)
-                if message is not None
-            ]
-            for k, own in enumerate({name: v[:, k] for name, v in records[0].items()} for k in range(plan.num_runs))
-        ]
-        return sum(found, [])
+        warnings_of = lambda k: algorithm._early_faults(part(stacked, k), {n: v[:, k] for n, v in records[0].items()})  # noqa: E731
+        return [_named(k, plan, found) for k in range(plan.num_runs) for found in warnings_of(k) if found is not None]
 
     def look_early(stacked: Any, records: Any, done: int) -> bool:
         del done
