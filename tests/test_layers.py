@@ -26,6 +26,7 @@ LAYERS = (
     {"algorithms.base"},
     {"algorithms.many_runs"},
     {"reporting.assembly"},
+    {"reporting.laplace_fit"},
     {"reporting.exploration"},
     {"reporting.programs"},
     {"samplers"},
