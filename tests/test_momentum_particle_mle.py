@@ -474,6 +474,7 @@ def test_preconditioning_is_shared_by_the_particles_and_follows_their_spread():
         theta = numpyro.param("theta", 0.0)
         with numpyro.plate("data", 2):
             numpyro.sample("x", dist.Normal(theta, jnp.array([0.01, 100.0])))
+        numpyro.factor("nothing", 0.0)  # in place of observations
 
     optimizer = MomentumParticleMLE(
         scaled, step_size=1e-9, latent_step_size=0.1, num_particles=500, preconditioning=preconditioners.diagonal

@@ -93,8 +93,10 @@ def _first(value: Number) -> Any:
 def _is_number(value: Any) -> bool:
     if isinstance(value, jax.core.Tracer):
         return False
-    array = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and not np.iscomplexobj(value)
-    return (array or isinstance(value, int | float | np.number)) and not isinstance(value, bool)
+    if isinstance(value, np.ndarray | jax.Array):  # a key is one, too
+        real = jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+        return value.ndim == 0 and real
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
