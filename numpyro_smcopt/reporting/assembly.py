@@ -9,7 +9,6 @@ import numpy as np
 from numpyro.distributions import biject_to
 
 from numpyro_smcopt.reporting.exploration import Exploration, about_draws
-from numpyro_smcopt.reporting.programs import Slopes
 from numpyro_smcopt.reporting.report import Boundary, Report, acts_elementwise, coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error
 from numpyro_smcopt.types import Params
@@ -31,13 +30,16 @@ ExploreFn = Callable[[Params, bool], Exploration]
 """Explores at other constrained parameters, with the same randomness; False: the density jumps in the latents."""
 
 
-def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Report:
+def make_report(
+    params: Params, explore: ExploreFn, num_observations: int, complete: np.ndarray | None = None
+) -> Report:
     """Explore at the estimate and say what is known.
 
     Args:
         params: The estimate, constrained.
         explore: Explores at given parameters.
         num_observations: For BIC.
+        complete: [P, P] complete-data information with latents that stay, see `curvature_of`.
     """
     params = jax.device_get(params)
     found = explore(params, True)
@@ -51,10 +53,11 @@ def make_report(params: Params, explore: ExploreFn, num_observations: int) -> Re
         curvature = _unknown(len(theta_names))
         warnings.append(f"There are no standard errors: {len(theta_names)} parameters need too large a matrix.")
     else:
-        boundaries = _boundaries(found, lambda params: explore(params, continuous))
+        boundaries = _boundaries(found, lambda params: explore(params, continuous), complete)
         held = np.isin(np.arange(len(theta_names)), list(boundaries))
         slopes = found.slopes
-        curvature = curvature_of(*_arrays(slopes), theta_names, held)
+        arrays = slopes.score, slopes.information, slopes.complete
+        curvature = curvature_of(*arrays, theta_names, held, complete)
         warnings += _about_curvature(curvature, boundaries, theta_names)
 
     # Delta method
@@ -104,15 +107,9 @@ def _jumps(found: Exploration) -> bool:
     """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
     if found.slopes is None:
         return False
-    score, plain, complete = (
-        np.asarray(v, float) for v in (found.slopes.score, found.slopes.plain_score, found.slopes.complete)
-    )
-    gap, error = mean_and_error(score - plain)
-    return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * np.sqrt(abs(complete)))))
-
-
-def _arrays(slopes: Slopes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(np.asarray(v, float) for v in (slopes.score, slopes.information, slopes.complete))  # type: ignore[return-value]
+    gap, error = mean_and_error(found.slopes.score - found.slopes.plain_score)
+    size = np.sqrt(np.abs(np.diag(found.slopes.complete)))
+    return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
 
 
 def _distance(curvature: Curvature) -> np.ndarray:
@@ -130,7 +127,9 @@ def _unknown(size: int) -> Curvature:
 
 
 # -- boundaries ----------------------------------------------------------------------------------------------------
-def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) -> dict[int, Boundary]:
+def _boundaries(
+    found: Exploration, explore: Callable[[Params], Exploration], complete: np.ndarray | None
+) -> dict[int, Boundary]:
     """Coordinates whose maximum lies on the boundary of their support, by number.
 
     On its log or logit scale such a parameter has no information left, and the likelihood does not fall any more on the
@@ -143,7 +142,7 @@ def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) ->
         name: np.ones(np.shape(leaf)) * acts_elementwise(constraints[name]) for name, leaf in found.fixed.theta.items()
     }
     can_be = found.fixed.bounded & (ravel(elementwise) > 0)
-    information = np.diag(np.asarray(slopes.information, float).mean(0))
+    information = np.diag(slopes.information.mean(0))
     boundaries = {}
     for k in np.flatnonzero(can_be & (np.abs(information) <= FLAT)):
         for side in (-1.0, 1.0):
@@ -151,7 +150,7 @@ def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) ->
             beyond[k] += side * FAR
             there = explore(constrained(beyond, found))
             if there.log_evidence >= found.log_evidence - RISE - 3 * np.hypot(there.std, found.std):
-                boundaries[int(k)] = _profile(int(k), -side, found, explore)
+                boundaries[int(k)] = _profile(int(k), -side, found, explore, complete)
                 break
     return boundaries
 
@@ -168,7 +167,13 @@ def constrained(flat: np.ndarray, found: Exploration) -> Params:
     }
 
 
-def _profile(k: int, direction: float, found: Exploration, explore: Callable[[Params], Exploration]) -> Boundary:
+def _profile(
+    k: int,
+    direction: float,
+    found: Exploration,
+    explore: Callable[[Params], Exploration],
+    complete: np.ndarray | None,
+) -> Boundary:
     """Follow the profile likelihood away from the boundary, the other parameters adjusted by one Newton step."""
     flat = ravel(found.fixed.theta)
     held = np.arange(len(flat)) == k
@@ -179,8 +184,9 @@ def _profile(k: int, direction: float, found: Exploration, explore: Callable[[Pa
         there = explore(params)
         slopes = there.slopes
         assert slopes is not None
-        curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held)
-        score = slopes.score.mean(0, dtype=float)
+        arrays = slopes.score, slopes.information, slopes.complete
+        curvature = curvature_of(*arrays, [""] * len(flat), held, complete)
+        score = slopes.score.mean(0)
         adjusted = there.log_evidence + score @ curvature.covariance @ score / 2
         return float(ravel(params)[k]), float(adjusted)
 
@@ -230,7 +236,7 @@ def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], name
     elif curvature.singular:
         warnings.append(
             f"The data do not determine {_some(curvature.singular)}: these have no standard errors. Fix them, or "
-            "constrain them. If they belong to covariates far from zero (a year, say), centre those instead."
+            "constrain them."
         )
     if curvature.hidden and not curvature.indefinite:
         warnings.append(
