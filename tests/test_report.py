@@ -302,6 +302,54 @@ def test_a_leaf_that_a_prior_has_replaced_is_no_parameter():
     np.testing.assert_allclose(report.standard_errors["net$params"]["bias"], [precision**-0.5], rtol=1e-3)
 
 
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_year_and_its_intercept_are_told_apart(latent):
+    """(sd / mean)^2 / 2 = 1e-5 of the information on each is its own."""
+    rng = np.random.default_rng(4)
+    group = np.repeat(np.arange(12), 8)
+    year = rng.integers(1990, 2021, group.size).astype(float)
+    y = 0.1 * (year - 2005) + latent * rng.standard_normal(12)[group] + rng.standard_normal(group.size)
+    design = np.stack([np.ones_like(year), year], 1)
+
+    def model(design, y):
+        beta = numpyro.param("beta", jnp.zeros(design.shape[1]))
+        sd = numpyro.param("sd", 1.0, constraint=constraints.positive) if latent else 0.0
+        sigma = numpyro.param("sigma", 1.0, constraint=constraints.positive)
+        with numpyro.plate("groups", 12):
+            b = numpyro.sample("b", dist.Normal(0.0, sd)) if latent else jnp.zeros(12)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(design @ beta + b[group], sigma), obs=y)
+
+    optimizer = SMCOptimizer(model)
+    result = optimizer.run(random.key(0), 30, design, y, progress_bar=False)
+    report = optimizer.summarize(random.key(1), result.state, sandwich=True)
+    assert not report.warnings and report.num_parameters == 3 + latent
+    noise, between = float(report.params["sigma"]) ** 2, float(report.params["sd"]) ** 2 if latent else 0.0
+    covariance = noise * np.eye(len(y)) + between * (group[:, None] == group)
+    exact = np.linalg.inv(design.T @ np.linalg.solve(covariance, design))
+    rows = [report.names.index(name) for name in ("beta[0]", "beta[1]")]
+    np.testing.assert_allclose(report.covariance[np.ix_(rows, rows)], exact, rtol=5e-3)
+    assert np.all(np.abs(report.diagnostics["distance"]["beta"]) < 0.02)
+
+    # Scores of the units at the best coefficients, exactly
+    residual = y - design @ (exact @ design.T @ np.linalg.solve(covariance, y))
+    units = group if latent else np.arange(len(y))
+    each = design * np.linalg.solve(covariance, residual)[:, None]
+    scores = np.stack([each[units == u].sum(0) for u in np.unique(units)])
+    robust = np.sqrt(np.diag(exact @ scores.T @ scores @ exact))
+    np.testing.assert_allclose(report.sandwich_standard_errors["beta"], robust, rtol=0.03)
+
+    # A copy of the year in other units adds nothing.
+    twice = np.concatenate([design, 0.3 * design[:, 1:]], 1)
+    optimizer = SMCOptimizer(model)
+    result = optimizer.run(random.key(0), 30, twice, y, progress_bar=False)
+    report = optimizer.summarize(random.key(1), result.state)
+    assert report.num_parameters == 3 + latent
+    assert np.isnan(report.standard_errors["beta"]).tolist() == [False, True, True]
+    assert report.standard_errors["beta"][0] == pytest.approx(np.sqrt(exact[0, 0]), rel=5e-3)
+    assert any("beta[1], beta[2]" in note or "beta[2], beta[1]" in note for note in report.warnings)
+
+
 # -- the algebra ---------------------------------------------------------------------------------------------------
 def islands_around(information, noise, seed=0, num=16):
     rng = np.random.default_rng(seed)

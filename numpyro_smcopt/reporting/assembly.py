@@ -9,6 +9,7 @@ import numpy as np
 from numpyro.distributions import biject_to
 
 from numpyro_smcopt.reporting.exploration import Exploration, about_draws
+from numpyro_smcopt.reporting.programs import Slopes
 from numpyro_smcopt.reporting.report import Boundary, Report, acts_elementwise, coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error
 from numpyro_smcopt.types import Params
@@ -56,8 +57,7 @@ def make_report(
         boundaries = _boundaries(found, lambda params: explore(params, continuous), complete)
         held = np.isin(np.arange(len(theta_names)), list(boundaries))
         slopes = found.slopes
-        arrays = slopes.score, slopes.information, slopes.complete
-        curvature = curvature_of(*arrays, theta_names, held, complete)
+        curvature = curvature_of(*_arrays(slopes), theta_names, held, complete)
         warnings += _about_curvature(curvature, boundaries, theta_names)
 
     # Delta method
@@ -107,9 +107,15 @@ def _jumps(found: Exploration) -> bool:
     """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
     if found.slopes is None:
         return False
-    gap, error = mean_and_error(found.slopes.score - found.slopes.plain_score)
-    size = np.sqrt(np.abs(np.diag(found.slopes.complete)))
+    score, _, complete = _arrays(found.slopes)
+    gap, error = mean_and_error(score - np.asarray(found.slopes.plain_score))
+    size = np.sqrt(np.abs(np.diag(complete)))
     return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
+
+
+def _arrays(slopes: Slopes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    score, _, information, complete = map(np.asarray, slopes)
+    return score, information, complete
 
 
 def _distance(curvature: Curvature) -> np.ndarray:
@@ -184,8 +190,7 @@ def _profile(
         there = explore(params)
         slopes = there.slopes
         assert slopes is not None
-        arrays = slopes.score, slopes.information, slopes.complete
-        curvature = curvature_of(*arrays, [""] * len(flat), held, complete)
+        curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held, complete)
         score = slopes.score.mean(0)
         adjusted = there.log_evidence + score @ curvature.covariance @ score / 2
         return float(ravel(params)[k]), float(adjusted)

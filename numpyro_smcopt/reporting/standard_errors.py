@@ -22,8 +22,7 @@ NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
 SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
 LARGE_SHARE = 1e-2  # of the complete-data information; noise that could hide as much says nothing about the data
 RESOLVED = 1e-6  # eigenvalue of the complete-data information, relative to its largest: less is rounding
-PART = 1e-4  # of a coordinate's variance under the complete-data information: with more in a singular direction it is not
-# identified
+PART = 1e-4  # of a coordinate's variance, in a singular direction; with more it is not identified
 SHOWN_PART = 0.05
 ROUNDING = 1e-6  # error of a score in single precision, in units of its spread under the complete-data information
 
