@@ -119,7 +119,7 @@ def find_frame(rng_key: Array, start: Start, params: Params, cloud: Cloud, compl
         place = params, cloud.x[some], cloud.log_weights[some], cloud.blocks
         known = np.asarray(start.call("complete", programs.complete_information, rng_key, *place), float)
     columns = whitening(known)
-    return Frame(known, columns.astype(jnp.result_type(*jax.tree.leaves(start.theta))))
+    return Frame(known, columns.astype(jnp.result_type(*jax.tree.leaves(start.theta), float)))
 
 
 def explore(
@@ -249,7 +249,7 @@ def _explore_wide(
 
 def _exact(rng_key: Array, start: Start, params: Params, frame: Frame | None, sandwich: bool) -> Exploration:
     leaves = jax.tree.leaves(start.theta)
-    unit = np.eye(sum(np.size(leaf) for leaf in leaves), dtype=jnp.result_type(*leaves))
+    unit = np.eye(sum(np.size(leaf) for leaf in leaves), dtype=jnp.result_type(*leaves, float))
     columns = unit if frame is None else frame.columns
     call = ("exact", sandwich), programs.exact_program(sandwich)
     fixed, terms, slopes, outer, (samples, log_weights) = jax.device_get(start.call(*call, rng_key, params, columns))
