@@ -133,7 +133,7 @@ def log_evidence(
     blocks = start_blocks(key_blocks, start, partition)
     cloud = _first_cloud(key_cloud, start, blocks, kernel)
     num_islands = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
-    found = explore(key_draw, start, params, cloud, kernel, derivatives=False, num_islands=num_islands)
+    found = explore(key_draw, start, params, cloud, kernel, num_islands=num_islands)
     faults.warn_of(about_draws(found))
     return LogEvidence(
         found.log_evidence,

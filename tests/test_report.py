@@ -318,6 +318,56 @@ def test_a_leaf_that_a_prior_has_replaced_is_no_parameter():
     np.testing.assert_allclose(report.standard_errors["net$params"]["bias"], [precision**-0.5], rtol=1e-3)
 
 
+@pytest.mark.parametrize("latent", [True, False])
+def test_a_year_and_its_intercept_are_told_apart(latent):
+    """(sd / mean)^2 / 2 = 1e-5 of the information on each is its own."""
+    rng = np.random.default_rng(4)
+    group = np.repeat(np.arange(12), 8)
+    year = rng.integers(1990, 2021, group.size).astype(float)
+    y = 0.1 * (year - 2005) + latent * rng.standard_normal(12)[group] + rng.standard_normal(group.size)
+    design = np.stack([np.ones_like(year), year], 1)
+
+    def model(design, y):
+        beta = numpyro.param("beta", jnp.zeros(design.shape[1]))
+        sd = numpyro.param("sd", 1.0, constraint=constraints.positive) if latent else 0.0
+        sigma = numpyro.param("sigma", 1.0, constraint=constraints.positive)
+        with numpyro.plate("groups", 12):
+            b = numpyro.sample("b", dist.Normal(0.0, sd)) if latent else jnp.zeros(12)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(design @ beta + b[group], sigma), obs=y)
+
+    optimizer = SMCOptimizer(model)
+    result = optimizer.run(random.key(0), 30, design, y, progress_bar=False)
+    report = optimizer.summarize(random.key(1), result.state, sandwich=True)
+    assert not report.warnings and report.num_parameters == 3 + latent
+    noise, between = float(report.params["sigma"]) ** 2, float(report.params["sd"]) ** 2 if latent else 0.0
+    covariance = noise * np.eye(len(y)) + between * (group[:, None] == group)
+    exact = np.linalg.inv(design.T @ np.linalg.solve(covariance, design))
+    rows = [report.names.index(name) for name in ("beta[0]", "beta[1]")]
+    np.testing.assert_allclose(report.covariance[np.ix_(rows, rows)], exact, rtol=5e-3)
+    assert np.all(np.abs(report.diagnostics["distance"]["beta"]) < 0.02)
+
+    # Scores of the units at the best coefficients, exactly
+    residual = y - design @ (exact @ design.T @ np.linalg.solve(covariance, y))
+    units = group if latent else np.arange(len(y))
+    each = design * np.linalg.solve(covariance, residual)[:, None]
+    scores = np.stack([each[units == u].sum(0) for u in np.unique(units)])
+    robust = np.sqrt(np.diag(exact @ scores.T @ scores @ exact))
+    np.testing.assert_allclose(report.sandwich_standard_errors["beta"], robust, rtol=0.03)
+
+    if latent:
+        return
+    # A copy of the year in other units adds nothing.
+    twice = np.concatenate([design, 0.3 * design[:, 1:]], 1)
+    optimizer = SMCOptimizer(model)
+    result = optimizer.run(random.key(0), 30, twice, y, progress_bar=False)
+    report = optimizer.summarize(random.key(1), result.state)
+    assert report.num_parameters == 3 + latent
+    assert np.isnan(report.standard_errors["beta"]).tolist() == [False, True, True]
+    assert report.standard_errors["beta"][0] == pytest.approx(np.sqrt(exact[0, 0]), rel=5e-3)
+    assert any("beta[1], beta[2]" in note or "beta[2], beta[1]" in note for note in report.warnings)
+
+
 # -- the algebra ---------------------------------------------------------------------------------------------------
 def islands_around(information, noise, seed=0, num=16):
     rng = np.random.default_rng(seed)
@@ -330,7 +380,7 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
     design = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     information = design.T @ np.diag([4.0, 9.0]) @ design
     scores = np.zeros((16, 3))
-    found = curvature_of(scores, islands_around(information, 1e-3), np.array([5.0, 5.0, 10.0]), ["a", "b", "c"])
+    found = curvature_of(scores, islands_around(information, 1e-3), np.diag([5.0, 5.0, 10.0]), "abc")
     assert found.singular == ("a combination of a, b",) or found.singular == ("a combination of b, a",)
     assert found.num_singular == 1 and not found.indefinite
     np.testing.assert_array_equal(found.identified, [False, False, True])
@@ -338,7 +388,7 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
 
 
 def test_a_direction_that_is_lost_in_noise_is_not_said_to_be_undetermined():
-    found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[0.2]]), 2.0), np.array([10.0]), "a")
+    found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[0.2]]), 2.0), np.diag([10.0]), "a")
     assert found.hidden == ("a",) and not found.singular and found.num_singular == 0 and not found.indefinite
     assert not found.identified
 
@@ -347,24 +397,24 @@ def test_units_do_not_matter():
     rng = np.random.default_rng(0)
     root = rng.standard_normal((3, 3))
     information, units = root @ root.T + np.eye(3), np.array([1e-6, 1.0, 1e5])
-    complete = 2 * np.diag(information)
+    complete = 2 * np.diag(np.diag(information))
     scores = rng.standard_normal((16, 3))
     plain = curvature_of(scores, islands_around(information, 1e-3), complete, "abc")
     scaled = islands_around(information, 1e-3) / units / units[:, None]
-    other = curvature_of(scores / units, scaled, complete / units**2, "abc")
+    other = curvature_of(scores / units, scaled, complete / units / units[:, None], "abc")
     np.testing.assert_allclose(other.covariance / units / units[:, None], plain.covariance, rtol=1e-8)
     np.testing.assert_allclose(other.steps / units, plain.steps, rtol=1e-8)
 
 
 def test_a_direction_that_curves_upwards_is_no_maximum():
-    found = curvature_of(np.zeros((16, 2)), islands_around(np.diag([4.0, -1.0]), 1e-3), np.array([5.0, 5.0]), "ab")
+    found = curvature_of(np.zeros((16, 2)), islands_around(np.diag([4.0, -1.0]), 1e-3), np.diag([5.0, 5.0]), "ab")
     assert found.indefinite and found.singular == ("b",)
 
 
 def test_noise_of_the_standard_errors_is_stated_rightly():
     estimates, stated = [], []
     for seed in range(300):
-        found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[4.0]]), 0.4, seed), np.array([8.0]), "a")
+        found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[4.0]]), 0.4, seed), np.diag([8.0]), "a")
         estimates.append(np.sqrt(found.covariance[0, 0]))
         stated.append(found.noise[0])
     assert np.mean(stated) == pytest.approx(np.std(estimates) / 0.5, rel=0.2)

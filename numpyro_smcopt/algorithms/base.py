@@ -33,7 +33,14 @@ from numpyro_smcopt.checkpoint import Saved, digest, restore, without_addresses
 from numpyro_smcopt.convergence import EarlyStop, look
 from numpyro_smcopt.kernels import HMC, InvariantKernel
 from numpyro_smcopt.reporting.assembly import make_report
-from numpyro_smcopt.reporting.exploration import Cloud, Exploration, LaplacePoint, explore, laplace_at
+from numpyro_smcopt.reporting.exploration import (
+    Cloud,
+    Exploration,
+    LaplacePoint,
+    explore,
+    find_frame,
+    laplace_at,
+)
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult, Status
 from numpyro_smcopt.target import (
@@ -56,6 +63,7 @@ from numpyro_smcopt.target import (
 )
 from numpyro_smcopt.theta_step import FisherState, NaturalState, inverse_metric
 from numpyro_smcopt.types import Array, Model, Params, Theta
+from numpyro_smcopt.uncertainty import Information
 
 FLOOR = 0.1  # smallest eigenvalue of the observed information relative to the complete one
 LARGEST_TRAJECTORY = 20_000  # coordinates of theta up to which `run` records the iterates
@@ -637,6 +645,8 @@ class ParticleAlgorithm(abc.ABC):
 
         strategy = getattr(self, "init_strategy", None)
 
+        frame = find_frame(rng_key, start, state.params, cloud, self._known_information(state))
+
         def explore_at(params: Params, continuous: bool) -> Exploration:
             return explore(
                 rng_key,
@@ -644,15 +654,22 @@ class ParticleAlgorithm(abc.ABC):
                 params,
                 cloud,
                 kernel,
+                frame=frame,
                 sandwich=sandwich,
                 continuous=continuous,
                 init_strategy=strategy,
             )
 
         def by_laplace(params: Params) -> LaplacePoint | str:
-            return laplace_at(rng_key, start, params, cloud, sandwich=sandwich)
+            return laplace_at(rng_key, start, params, cloud, frame, sandwich=sandwich)
 
-        return make_report(state.params, explore_at, by_laplace, target.sites.num_observations)
+        complete = None if frame is None else frame.complete
+        return make_report(state.params, explore_at, by_laplace, target.sites.num_observations, complete)
+
+    def _known_information(self, state: Any) -> Array | None:
+        """[P, P] complete-data information that a state carries, if it does."""
+        found = getattr(getattr(state, "theta_state", None), "information", None)
+        return found.complete if isinstance(found, Information) else None
 
     # -- small print --------------------------------------------------------------------------------------------------
     def _check_model(self, target: Target) -> None:

@@ -288,7 +288,6 @@ def _judged(algorithm: Any, plan: Plan, result: RunResult, rng_key: Array) -> tu
         result.params,
         cloud,
         kernel if isinstance(kernel, InvariantKernel) else HMC(),
-        derivatives=False,
         init_strategy=getattr(algorithm, "init_strategy", None),
     )
     return -found.log_evidence, found.std

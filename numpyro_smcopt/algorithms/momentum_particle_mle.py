@@ -83,6 +83,7 @@ from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.theta_momentum import (
     Around,
     InformationMetric,
+    InformationState,
     MomentumStep,
     MotionState,
     Number,
@@ -644,6 +645,10 @@ class MomentumParticleMLE(ParticleAlgorithm):
         if time_step is not None:
             return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
         return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
+
+    def _known_information(self, state: MomentumState) -> Array | None:
+        metric = state.motion.metric
+        return metric.information.complete if isinstance(metric, InformationState) else None
 
     def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)

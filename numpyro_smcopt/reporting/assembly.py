@@ -37,7 +37,13 @@ LaplaceFn = Callable[[Params], LaplacePoint | str]
 """Laplace's approximation at other constrained parameters, or in words why there is none."""
 
 
-def make_report(params: Params, explore: ExploreFn, laplace_at: LaplaceFn, num_observations: int) -> Report:
+def make_report(
+    params: Params,
+    explore: ExploreFn,
+    laplace_at: LaplaceFn,
+    num_observations: int,
+    complete: np.ndarray | None = None,
+) -> Report:
     """Explore at the estimate and say what is known.
 
     Args:
@@ -45,6 +51,7 @@ def make_report(params: Params, explore: ExploreFn, laplace_at: LaplaceFn, num_o
         explore: Explores at given parameters.
         laplace_at: Evaluates Laplace's approximation there.
         num_observations: For BIC.
+        complete: [P, P] complete-data information with latents that stay, see `curvature_of`.
     """
     params = jax.device_get(params)
     found = explore(params, True)
@@ -58,10 +65,10 @@ def make_report(params: Params, explore: ExploreFn, laplace_at: LaplaceFn, num_o
         curvature = _unknown(len(theta_names))
         warnings.append(f"There are no standard errors: {len(theta_names)} parameters need too large a matrix.")
     else:
-        boundaries = _boundaries(found, lambda params: explore(params, continuous))
+        boundaries = _boundaries(found, lambda params: explore(params, continuous), complete)
         held = np.isin(np.arange(len(theta_names)), list(boundaries))
         slopes = found.slopes
-        curvature = curvature_of(*_arrays(slopes), theta_names, held)
+        curvature = curvature_of(*_arrays(slopes), theta_names, held, complete)
         warnings += _about_curvature(curvature, boundaries, theta_names)
 
     # Delta method
@@ -116,15 +123,15 @@ def _jumps(found: Exploration) -> bool:
     """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
     if found.slopes is None:
         return False
-    score, plain, complete = (
-        np.asarray(v, float) for v in (found.slopes.score, found.slopes.plain_score, found.slopes.complete)
-    )
-    gap, error = mean_and_error(score - plain)
-    return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * np.sqrt(abs(complete)))))
+    score, _, complete = _arrays(found.slopes)
+    gap, error = mean_and_error(score - np.asarray(found.slopes.plain_score))
+    size = np.sqrt(np.abs(np.diag(complete)))
+    return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
 
 
 def _arrays(slopes: Slopes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tuple(np.asarray(v, float) for v in (slopes.score, slopes.information, slopes.complete))  # type: ignore[return-value]
+    score, _, information, complete = map(np.asarray, slopes)
+    return score, information, complete
 
 
 def _distance(curvature: Curvature) -> np.ndarray:
@@ -142,7 +149,9 @@ def _unknown(size: int) -> Curvature:
 
 
 # -- boundaries ----------------------------------------------------------------------------------------------------
-def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) -> dict[int, Boundary]:
+def _boundaries(
+    found: Exploration, explore: Callable[[Params], Exploration], complete: np.ndarray | None
+) -> dict[int, Boundary]:
     """Coordinates whose maximum lies on the boundary of their support, by number.
 
     On its log or logit scale such a parameter has no information left, and the likelihood does not fall any more on the
@@ -155,7 +164,7 @@ def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) ->
         name: np.ones(np.shape(leaf)) * acts_elementwise(constraints[name]) for name, leaf in found.fixed.theta.items()
     }
     can_be = found.fixed.bounded & (ravel(elementwise) > 0)
-    information = np.diag(np.asarray(slopes.information, float).mean(0))
+    information = np.diag(slopes.information.mean(0))
     boundaries = {}
     for k in np.flatnonzero(can_be & (np.abs(information) <= FLAT)):
         for side in (-1.0, 1.0):
@@ -163,7 +172,7 @@ def _boundaries(found: Exploration, explore: Callable[[Params], Exploration]) ->
             beyond[k] += side * FAR
             there = explore(constrained(beyond, found))
             if there.log_evidence >= found.log_evidence - RISE - 3 * np.hypot(there.std, found.std):
-                boundaries[int(k)] = _profile(int(k), -side, found, explore)
+                boundaries[int(k)] = _profile(int(k), -side, found, explore, complete)
                 break
     return boundaries
 
@@ -180,7 +189,13 @@ def constrained(flat: np.ndarray, found: Exploration) -> Params:
     }
 
 
-def _profile(k: int, direction: float, found: Exploration, explore: Callable[[Params], Exploration]) -> Boundary:
+def _profile(
+    k: int,
+    direction: float,
+    found: Exploration,
+    explore: Callable[[Params], Exploration],
+    complete: np.ndarray | None,
+) -> Boundary:
     """Follow the profile likelihood away from the boundary, the other parameters adjusted by one Newton step."""
     flat = ravel(found.fixed.theta)
     held = np.arange(len(flat)) == k
@@ -191,8 +206,8 @@ def _profile(k: int, direction: float, found: Exploration, explore: Callable[[Pa
         there = explore(params)
         slopes = there.slopes
         assert slopes is not None
-        curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held)
-        score = slopes.score.mean(0, dtype=float)
+        curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held, complete)
+        score = slopes.score.mean(0)
         adjusted = there.log_evidence + score @ curvature.covariance @ score / 2
         return float(ravel(params)[k]), float(adjusted)
 
@@ -287,7 +302,7 @@ def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], name
     elif curvature.singular:
         warnings.append(
             f"The data do not determine {_some(curvature.singular)}: these have no standard errors. Fix them, or "
-            "constrain them. If they belong to covariates far from zero (a year, say), centre those instead."
+            "constrain them."
         )
     if curvature.hidden and not curvature.indefinite:
         warnings.append(

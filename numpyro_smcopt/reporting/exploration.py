@@ -8,9 +8,10 @@ that of independent islands.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import random
 from numpyro.infer.importance import _psis_khat
@@ -22,6 +23,7 @@ from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.reporting import islands, programs
 from numpyro_smcopt.reporting.reference import SIZE, draw_uniforms
+from numpyro_smcopt.reporting.standard_errors import whitening
 from numpyro_smcopt.types import Array, Params
 
 NOISY_EVIDENCE = 0.5  # nats
@@ -64,8 +66,9 @@ class Exploration(NamedTuple):
         num_unfinished: Blocks of islands that did not reach temperature one.
         num_ancestors: Draws at the start of a tempered island that have descendants, in the worst block of the worst
             island; NaN if nothing was tempered.
-        slopes: Derivatives of minus the log marginal likelihood; None if theta is too large, or absent.
-        outer: [P, P] outer product of the scores of independent units, if it was asked for.
+        slopes: Derivatives of minus the log marginal likelihood in the flat theta, in double precision; None if theta
+            is too large, or absent.
+        outer: [P, P] outer product of the scores of independent units, likewise, if it was asked for.
         pareto_k: Tail index of the importance weights in the worst block; NaN if none were used.
         samples: Latent and deterministic sites, [S, ...].
         log_weights: [S].
@@ -104,6 +107,42 @@ class Cloud(NamedTuple):
     blocks: Blocks
 
 
+class Frame(NamedTuple):
+    """Directions of theta that a report is differentiated along.
+
+    Attributes:
+        complete: [P, P] complete-data information at latents that stay, in double precision.
+        columns: [P, P] the directions, see `standard_errors.whitening`; in the precision of theta.
+    """
+
+    complete: np.ndarray
+    columns: np.ndarray
+
+
+def find_frame(rng_key: Array, start: Start, params: Params, cloud: Cloud, complete: Any = None) -> Frame | None:
+    """Directions along which the complete-data information is near the identity; None if theta is too large.
+
+    Args:
+        rng_key: Randomness.
+        start: The target, and programs bound to it.
+        params: Constrained.
+        cloud: Particles of the posterior at ``params``, or near it.
+        complete: [P, P] complete-data information, if it is known from a fit; otherwise it is formed.
+    """
+    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta))
+    if not 0 < num_params <= budget.LARGEST_INFORMATION:
+        return None
+    known = np.zeros((num_params, num_params)) if complete is None else np.asarray(complete, float)
+    if not np.any(known):
+        num_particles, work = len(cloud.x), start.target.work(start.theta)
+        num = budget.num_for_information(num_particles, cloud.blocks.num_blocks, num_params, work)
+        some = slice(0, num * (num_particles // num), num_particles // num)
+        place = params, cloud.x[some], cloud.log_weights[some], cloud.blocks
+        known = np.asarray(start.call("complete", programs.complete_information, rng_key, *place), float)
+    columns = whitening(known)
+    return Frame(known, columns.astype(jnp.result_type(*jax.tree.leaves(start.theta), float)))
+
+
 def explore(
     rng_key: Array,
     start: Start,
@@ -111,7 +150,7 @@ def explore(
     cloud: Cloud,
     kernel: InvariantKernel,
     *,
-    derivatives: bool = True,
+    frame: Frame | None = None,
     sandwich: bool = False,
     continuous: bool = True,
     init_strategy: Callable | None = None,
@@ -125,7 +164,7 @@ def explore(
         params: Constrained.
         cloud: Particles of the posterior at ``params``, or near it.
         kernel: Moves particles, should that be necessary.
-        derivatives: Whether derivatives in theta are wanted.
+        frame: Directions to differentiate along; None if no derivatives in theta are wanted.
         sandwich: Whether the outer product of the scores of independent units is wanted, too.
         continuous: Whether the density is continuous in the latents, so that they may move along with theta.
         init_strategy: Where particles start, if not in the prior.
@@ -134,19 +173,19 @@ def explore(
     """
     sites, blocks = start.target.sites, cloud.blocks
     if sites.num_latents == 0:
-        return _exact(rng_key, start, params, sandwich)
+        return _exact(rng_key, start, params, frame, sandwich)
     rng = host_generator(rng_key)
-    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta)) if derivatives else 0
+    columns = np.zeros((0, 0), cloud.x.dtype) if frame is None else frame.columns
+    num_params = len(columns)
     order = rng.uniform(size=(2, blocks.num_blocks)).astype(cloud.x.dtype)
     if not laplace.affordable(blocks):
         small = 0 < num_params <= budget.LARGEST_INFORMATION
         wanted = 0 if num_islands is None else -(-num_islands * SIZE // cloud.x.shape[0])
-        return _explore_wide(
-            rng_key, start, params, cloud, kernel, order, small, small and sandwich, init_strategy, wanted
-        )
+        wide = small, small and sandwich, init_strategy, wanted
+        return _explore_wide(rng_key, start, params, cloud, kernel, columns, order, *wide)
 
     num, informing, sandwich, drawn = _draw(
-        rng, rng_key, start, params, cloud, order, num_params, sandwich, continuous, num_islands
+        rng, rng_key, start, params, cloud, order, columns, sandwich, continuous, num_islands
     )
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
     rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
@@ -160,7 +199,7 @@ def explore(
         keys = random.split(rng_key, num)
         some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
-        done = jax.device_get(start.call(*temper, keys, some, order, drawn, blocks, found.missed))
+        done = jax.device_get(start.call(*temper, keys, some, order, columns, drawn, blocks, found.missed))
         found = islands.combine_tempered(done.log_evidence)
         rest, pareto_k = (done.slopes, done.outer, done.samples, done.log_weights), np.nan
         acceptance, num_unfinished = float(np.mean(done.acceptance)), int(np.sum(done.num_unfinished))
@@ -169,7 +208,7 @@ def explore(
     fixed, base, log_volumes, concave = jax.device_get(
         (drawn.fixed, reference.base, reference.laplace, reference.concave)
     )
-    point = _laplace_point(drawn, "the density jumps in the latents" if not continuous else NO_DERIVATIVES)
+    point = _laplace_point(drawn, columns, "the density jumps in the latents" if not continuous else NO_DERIVATIVES)
     approximation = float(np.sum(log_volumes, dtype=float)) - float(np.sum(base, dtype=float))
     # The terms themselves are rounded, by half a unit in the last place at best.
     rounding = float(np.finfo(base.dtype).eps * np.sum(np.abs(base), dtype=float))
@@ -187,8 +226,7 @@ def explore(
         acceptance=acceptance,
         num_unfinished=num_unfinished,
         num_ancestors=num_ancestors,
-        slopes=slopes,
-        outer=outer,
+        **_in_theta(columns, slopes, outer),
         pareto_k=pareto_k,
         samples=samples,
         log_weights=log_weights,
@@ -196,7 +234,7 @@ def explore(
 
 
 def laplace_at(
-    rng_key: Array, start: Start, params: Params, cloud: Cloud, *, sandwich: bool = False
+    rng_key: Array, start: Start, params: Params, cloud: Cloud, frame: Frame | None, *, sandwich: bool = False
 ) -> LaplacePoint | str:
     """Laplace's approximation at other parameters than those that were explored: the same program again.
 
@@ -205,16 +243,17 @@ def laplace_at(
         start: The target.
         params: Constrained.
         cloud: Particles.
+        frame: Directions to differentiate along.
         sandwich: As it was.
 
     Returns:
         The approximation, or in words why there is none.
     """
     rng = host_generator(rng_key)
-    num_params = sum(np.size(leaf) for leaf in jax.tree.leaves(start.theta))
+    columns = np.zeros((0, 0), cloud.x.dtype) if frame is None else frame.columns
     order = rng.uniform(size=(2, cloud.blocks.num_blocks)).astype(cloud.x.dtype)
-    drawn = _draw(rng, rng_key, start, params, cloud, order, num_params, sandwich, True, None)[3]
-    return _laplace_point(drawn, NO_DERIVATIVES)
+    drawn = _draw(rng, rng_key, start, params, cloud, order, columns, sandwich, True, None)[3]
+    return _laplace_point(drawn, columns, NO_DERIVATIVES)
 
 
 def _draw(
@@ -224,7 +263,7 @@ def _draw(
     params: Params,
     cloud: Cloud,
     order: np.ndarray,
-    num_params: int,
+    columns: np.ndarray,
     sandwich: bool,
     continuous: bool,
     num_islands: int | None,
@@ -232,21 +271,22 @@ def _draw(
     """How many islands there are, and inform derivatives; whether there is a sandwich; the draws of the reference."""
     sites, blocks, work = start.target.sites, cloud.blocks, start.target.work(start.theta)
     num = num_islands or budget.num_islands(work)
-    informing = budget.num_informing(num, num_params, work)
+    informing = budget.num_informing(num, len(columns), work)
     sandwich = sandwich and informing > 0
     uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
-    transported = continuous and num_params * blocks.width * work <= budget.TRANSPORT_WORK
+    transported = continuous and len(columns) * blocks.width * work <= budget.TRANSPORT_WORK
     draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
-    drawn = start.call(*draw, rng_key, uniforms, order, params, cloud.x, cloud.log_weights, blocks)
+    drawn = start.call(*draw, rng_key, uniforms, order, params, columns, cloud.x, cloud.log_weights, blocks)
     return num, informing, sandwich, drawn
 
 
-def _laplace_point(drawn: programs.Drawn, without_score: str) -> LaplacePoint | str:
+def _laplace_point(drawn: programs.Drawn, columns: np.ndarray, without_score: str) -> LaplacePoint | str:
     if drawn.laplace_score is None:
         return without_score
     reference = drawn.reference
     theta = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(drawn.fixed.theta))])
-    found = jax.device_get((reference.base, reference.laplace, drawn.laplace_score))
+    score = np.asarray(drawn.laplace_score, float) @ _back(columns)
+    found = (*jax.device_get((reference.base, reference.laplace)), score)
     point = LaplacePoint(*(np.asarray(v, float) for v in (theta, *found)))
     if not np.all(np.asarray(reference.concave)) or not all(np.all(np.isfinite(v)) for v in point):
         return "the posterior of the latents has no proper mode"
@@ -259,6 +299,7 @@ def _explore_wide(
     params: Params,
     cloud: Cloud,
     kernel: InvariantKernel,
+    columns: np.ndarray,
     order: np.ndarray,
     informing: bool,
     sandwich: bool,
@@ -269,7 +310,7 @@ def _explore_wide(
     build = programs.wide_program(kernel, num_particles, informing, sandwich, init_strategy)
     wide = ("wide", kernel, num_particles, informing, sandwich), build
     keys = random.split(rng_key, num)
-    fixed, done = jax.device_get(start.call(*wide, keys, order, params, cloud.x[0], cloud.blocks))
+    fixed, done = jax.device_get(start.call(*wide, keys, order, params, columns, cloud.x[0], cloud.blocks))
     found = islands.combine_tempered(done.log_evidence)
     known = starts_from_prior(start.target, init_strategy)
     return Exploration(
@@ -285,17 +326,19 @@ def _explore_wide(
         acceptance=float(np.mean(done.acceptance)),
         num_unfinished=int(np.sum(done.num_unfinished)),
         num_ancestors=float(np.min(done.num_ancestors)),
-        slopes=done.slopes,
-        outer=done.outer,
+        **_in_theta(columns, done.slopes, done.outer),
         pareto_k=np.nan,
         samples=done.samples,
         log_weights=done.log_weights,
     )
 
 
-def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Exploration:
+def _exact(rng_key: Array, start: Start, params: Params, frame: Frame | None, sandwich: bool) -> Exploration:
+    leaves = jax.tree.leaves(start.theta)
+    unit = np.eye(sum(np.size(leaf) for leaf in leaves), dtype=jnp.result_type(*leaves, float))
+    columns = unit if frame is None else frame.columns
     call = ("exact", sandwich), programs.exact_program(sandwich)
-    fixed, terms, slopes, outer, (samples, log_weights) = jax.device_get(start.call(*call, rng_key, params))
+    fixed, terms, slopes, outer, (samples, log_weights) = jax.device_get(start.call(*call, rng_key, params, columns))
     value = -float(np.sum(terms, dtype=float))
     return Exploration(
         fixed=fixed,
@@ -310,12 +353,29 @@ def _exact(rng_key: Array, start: Start, params: Params, sandwich: bool) -> Expl
         acceptance=np.nan,
         num_unfinished=0,
         num_ancestors=np.nan,
-        slopes=slopes,
-        outer=outer,
+        **_in_theta(columns, slopes, outer),
         pareto_k=np.nan,
         samples=samples,
         log_weights=log_weights,
     )
+
+
+def _in_theta(columns: np.ndarray, slopes: programs.Slopes | None, outer: np.ndarray | None) -> dict[str, Any]:
+    """Derivatives along columns as derivatives in theta. In double precision nothing is lost on the way."""
+    if slopes is None:
+        return {"slopes": None, "outer": None}
+    back = _back(columns)
+    score, plain, information, complete = (np.asarray(v, float) for v in slopes)
+    square = lambda v: back.T @ v @ back  # noqa: E731
+    found = programs.Slopes(score @ back, plain @ back, square(information), square(complete))
+    return {"slopes": found, "outer": None if outer is None else square(np.asarray(outer, float))}
+
+
+def _back(columns: np.ndarray) -> np.ndarray:
+    """[P, P] what turns a row of derivatives along columns into derivatives in theta."""
+    columns = np.asarray(columns, float)
+    units = np.maximum(np.abs(columns).max(1, initial=0.0), np.finfo(float).tiny)
+    return np.linalg.inv(columns / units[:, None]) / units
 
 
 def _pareto_k(log_weights: np.ndarray) -> float:

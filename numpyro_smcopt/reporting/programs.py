@@ -33,13 +33,13 @@ WEIGHTED_ISLANDS = 5  # that keep their weights, where there is one block
 
 
 class Slopes(NamedTuple):
-    """Derivatives of minus the log marginal likelihood in the flat theta, from each of R islands.
+    """Derivatives of minus the log marginal likelihood along P directions of the flat theta, from each of R islands.
 
     Attributes:
         score: [R, P] gradient, with transport.
         plain_score: [R, P] the same without transport: an independent check of the transport.
         information: [R, P, P] Hessian.
-        complete: [P] diagonal of the complete-data information.
+        complete: [P, P] complete-data information, with transport.
     """
 
     score: Array
@@ -75,8 +75,8 @@ class Drawn(NamedTuple):
         at_probes: [N, B] log weights of the particles of the cloud.
         worst_log_weights: [R N] log weights of the block with the fewest effective draws.
         slopes: See `Slopes`.
-        laplace_score: [P] see `_laplace_score`; None without transport.
-        outer: [P, P] see `_outer_scores`.
+        laplace_score: [P] see `_laplace_score`, in the same directions; None without transport.
+        outer: [P, P] see `_outer_scores`, in the same directions.
         samples: Latent and deterministic sites, [S, ...].
         log_weights: [S].
     """
@@ -103,8 +103,9 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         sandwich: Whether the outer product of the scores is wanted.
 
     Returns:
-        ``(target, rng_key, uniforms, order, params, x, log_weights, blocks) -> Drawn``: randomness from
-        `reference.draw_uniforms` and [2, B] uniforms for resampling, the estimate, and a cloud of its posterior.
+        ``(target, rng_key, uniforms, order, params, frame, x, log_weights, blocks) -> Drawn``: randomness from
+        `reference.draw_uniforms` and [2, B] uniforms for resampling, the estimate, the directions of derivatives as
+        columns [P, P], and a cloud of the posterior.
     """
 
     def program(
@@ -113,6 +114,7 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         uniforms: Array,
         order: Array,
         params: Params,
+        frame: Array,
         x: Array,
         log_weights: Array,
         blocks: Blocks,
@@ -123,13 +125,14 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         islands, tally, at_probes = weigh_islands(rng_key, uniforms, target, fixed.theta, reference, blocks, x)
         transport = slopes = laplace_score = outer = None
         if num_informing:
+            along, here = _along(target, fixed.theta, frame)
             if transported:
-                transport = laplace_transport(terms_fn, flat, reference, blocks)
-                laplace_score = _laplace_score(terms_fn, flat, reference, transport)
+                transport = laplace_transport(along, here, reference, blocks)
+                laplace_score = _laplace_score(along, here, reference, transport)
             some = jax.tree.map(lambda v: v[:num_informing], islands)
-            slopes = _differentiate(target, fixed.theta, reference, transport, blocks, some)
+            slopes = _differentiate(target, fixed.theta, frame, reference, transport, blocks, some)
             if sandwich:
-                outer = _outer_scores(target, fixed.theta, reference, transport, blocks, islands)
+                outer = _outer_scores(target, fixed.theta, frame, reference, transport, blocks, islands)
         every = islands.log_weights.reshape(-1, blocks.num_blocks)
         worst = every[:, jnp.argmin(effective_sample_size(every))]
         samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
@@ -148,7 +151,7 @@ class Tempered(NamedTuple):
         num_ancestors: [R] draws at the start that have descendants, in the worst block.
         free: [] log density of the terms that depend on no latent; 0 if there is a reference.
         slopes: See `Slopes`.
-        outer: [P, P] see `_outer_scores`.
+        outer: [P, P] see `_outer_scores`, in the same directions.
         samples: Latent and deterministic sites, [S, ...].
         log_weights: [S].
     """
@@ -165,20 +168,30 @@ class Tempered(NamedTuple):
 
 
 def temper_program(kernel: InvariantKernel, informing: bool, sandwich: bool) -> Callable[..., Tempered]:
-    """A program that tempers islands: ``(target, rng_keys, uniforms, order, drawn, blocks, missed) -> Tempered``."""
+    """A program that tempers islands.
+
+    Returns:
+        ``(target, rng_keys, uniforms, order, frame, drawn, blocks, missed) -> Tempered``.
+    """
 
     def program(
-        target: Target, rng_keys: Array, uniforms: Array, order: Array, drawn: Drawn, blocks: Blocks, missed: Array
+        target: Target,
+        rng_keys: Array,
+        uniforms: Array,
+        order: Array,
+        frame: Array,
+        drawn: Drawn,
+        blocks: Blocks,
+        missed: Array,
     ) -> Tempered:
         theta, reference = drawn.fixed.theta, drawn.reference
         one = lambda v: temper_island(v[0], v[1], target, theta, reference, blocks, missed, kernel)  # noqa: E731
         done = lax.map(one, (rng_keys, uniforms))
         islands = Islands(done.x, jnp.zeros((*done.x.shape[:2], blocks.num_blocks), done.x.dtype))
-        slopes = _differentiate(target, theta, reference, drawn.transport, blocks, islands) if informing else None
+        place = target, theta, frame, reference, drawn.transport, blocks, islands
+        slopes, outer = _differentiate(*place) if informing else None, _outer_scores(*place) if sandwich else None
         samples = _posterior_samples(target, theta, order, blocks, islands)
-        free, outer = jnp.zeros((), done.x.dtype), None
-        if sandwich:
-            outer = _outer_scores(target, theta, reference, drawn.transport, blocks, islands)
+        free = jnp.zeros((), done.x.dtype)
         about = done.log_evidence, done.acceptance, done.num_unfinished, done.num_ancestors
         return Tempered(*about, free, slopes, outer, *samples)
 
@@ -195,11 +208,11 @@ def wide_program(
     """A program that tempers islands from the prior, for blocks that are too large for Hessians.
 
     Returns:
-        ``(target, rng_keys, order, params, mode, blocks) -> (Fixed, Tempered)``.
+        ``(target, rng_keys, order, params, frame, mode, blocks) -> (Fixed, Tempered)``.
     """
 
     def program(
-        target: Target, rng_keys: Array, order: Array, params: Params, mode: Array, blocks: Blocks
+        target: Target, rng_keys: Array, order: Array, params: Params, frame: Array, mode: Array, blocks: Blocks
     ) -> tuple[Fixed, Tempered]:
         fixed = _fixed(target, rng_keys[0], params)
         terms_fn, flat, _ = flat_terms(target, fixed.theta)
@@ -213,10 +226,10 @@ def wide_program(
 
         x, log_evidence, acceptance, num_unfinished, num_ancestors = lax.map(one, rng_keys)
         islands = Islands(x, jnp.zeros((*x.shape[:2], blocks.num_blocks), x.dtype))
-        slopes = _differentiate(target, fixed.theta, None, None, blocks, islands) if informing else None
+        place = target, fixed.theta, frame, None, None, blocks, islands
+        slopes, outer = _differentiate(*place) if informing else None, _outer_scores(*place) if sandwich else None
         samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
         free = -blocks.sum_free_terms(terms_fn(flat, x[0, 0]))
-        outer = _outer_scores(target, fixed.theta, None, None, blocks, islands) if sandwich else None
         about = log_evidence, acceptance, num_unfinished, num_ancestors
         return fixed, Tempered(*about, free, slopes, outer, *samples)
 
@@ -227,24 +240,34 @@ def exact_program(sandwich: bool) -> Callable[..., tuple]:
     """A program for models without latents.
 
     Returns:
-        ``(target, rng_key, params) -> (Fixed, energy terms [K], Slopes, outer [P, P] or None, samples)``.
+        ``(target, rng_key, params, frame) -> (Fixed, energy terms [K], Slopes, outer [P, P] or None, samples)``.
     """
 
-    def program(target: Target, rng_key: Array, params: Params) -> tuple:
+    def program(target: Target, rng_key: Array, params: Params, frame: Array) -> tuple:
         fixed = _fixed(target, rng_key, params)
-        terms_fn, flat, _ = flat_terms(target, fixed.theta)
-        nowhere = jnp.zeros(0, flat.dtype)
-        loss = lambda t: jnp.sum(terms_fn(t, nowhere))  # noqa: E731
-        score, information = jax.grad(loss)(flat), jax.hessian(loss)(flat)
-        slopes = Slopes(score[None], score[None], information[None], jnp.diag(information))
+        along, here = _along(target, fixed.theta, frame)
+        nowhere = jnp.zeros(0, here.dtype)
+        loss = lambda u: jnp.sum(along(u, nowhere))  # noqa: E731
+        score, information = jax.grad(loss)(here), jax.hessian(loss)(here)
+        slopes = Slopes(score[None], score[None], information[None], information)
         outer = None
         if sandwich:
-            each = jax.jacfwd(lambda t: terms_fn(t, nowhere))(flat)
+            each = jax.jacfwd(lambda u: along(u, nowhere))(here)
             outer = jnp.matmul(each.T, each, precision="highest")
         sites = jax.tree.map(lambda v: v[None], target.constrain_latents(fixed.theta, nowhere))
-        return fixed, terms_fn(flat, nowhere), slopes, outer, (sites, jnp.zeros(1, flat.dtype))
+        return fixed, along(here, nowhere), slopes, outer, (sites, jnp.zeros(1, here.dtype))
 
     return program
+
+
+def complete_information(
+    target: Target, rng_key: Array, params: Params, x: Array, log_weights: Array, blocks: Blocks
+) -> Array:
+    """[P, P] the complete-data information at an estimate, from particles [N, D] and their log weights [N, B]."""
+    theta = _fixed(target, rng_key, params).theta
+    terms_fn, flat, _ = flat_terms(target, theta)
+    log_weights = jax.nn.log_softmax(log_weights, 0)
+    return louis_information(terms_fn, flat, x, log_weights, blocks, target.work(theta))[1].complete
 
 
 def _fixed(target: Target, rng_key: Array, params: Params) -> Fixed:
@@ -259,26 +282,37 @@ def _fixed(target: Target, rng_key: Array, params: Params) -> Fixed:
     )
 
 
+def _along(target: Target, theta: Theta, frame: Array) -> tuple[Callable[[Array, Array], Array], Array]:
+    """Energy terms ``(u [P], x [D]) -> [K]`` at ``theta + frame u``, and the origin of u.
+
+    Derivatives in u are combined observation by observation, before they are summed. Those in theta, of an intercept
+    and the slope of a year, say, would have to be combined afterwards, where they cancel.
+    """
+    terms_fn, flat, _ = flat_terms(target, theta)
+    return lambda u, x: terms_fn(flat + jnp.matmul(frame, u, precision="highest"), x), jnp.zeros_like(flat)
+
+
 def _differentiate(
     target: Target,
     theta: Theta,
+    frame: Array,
     reference: Reference | None,
     transport: Transport | None,
     blocks: Blocks,
     islands: Islands,
 ) -> Slopes:
-    terms_fn, flat, _ = flat_terms(target, theta)
-    moved, volume = _moving(terms_fn, flat, reference, transport, blocks)
+    along, here = _along(target, theta, frame)
+    moved, volume = _moving(along, here, reference, transport, blocks)
     volume = jnp.sum(volume, 1)
     work = target.work(theta)
 
     def of_island(island: Islands) -> tuple[Array, Array, Array, Array]:
         log_weights = jax.nn.log_softmax(island.log_weights, 0)
-        score, found = louis_information(moved, jnp.zeros_like(flat), island.x, log_weights, blocks, work)
+        score, found = louis_information(moved, here, island.x, log_weights, blocks, work)
         coefficients = blocks.to_terms(jnp.exp(log_weights), 1 / island.x.shape[0])
-        energy = lambda t: jnp.sum(coefficients * jax.vmap(lambda x: terms_fn(t, x))(island.x))  # noqa: E731
+        energy = lambda u: jnp.sum(coefficients * jax.vmap(lambda x: along(u, x))(island.x))  # noqa: E731
         information = found.complete - found.missing
-        return score - volume, jax.grad(energy)(flat), information, jnp.diag(found.complete)
+        return score - volume, jax.grad(energy)(here), information, found.complete
 
     score, plain, information, complete = lax.map(of_island, islands)
     return Slopes(score, plain, information, complete.mean(0))
@@ -294,17 +328,18 @@ def _laplace_score(terms_fn: Callable, flat: Array, reference: Reference, transp
 
 
 def _moving(
-    terms_fn: Callable, flat: Array, reference: Reference | None, transport: Transport | None, blocks: Blocks
+    along: Callable, here: Array, reference: Reference | None, transport: Transport | None, blocks: Blocks
 ) -> tuple[Callable, Array]:
-    """Energy terms as a function of a change of theta, and the slopes of the log volume of each block, [P, B]."""
+    """Energy terms at latents that move along, and the slopes of the log volume of each block, [P, B]."""
     if reference is None or transport is None:
-        return lambda delta, x: terms_fn(flat + delta, x), jnp.zeros((flat.shape[0], blocks.num_blocks), flat.dtype)
-    return moved_terms(terms_fn, flat, reference, transport, blocks), transport.log_volume_slopes()
+        return along, jnp.zeros((here.shape[0], blocks.num_blocks), here.dtype)
+    return moved_terms(along, here, reference, transport, blocks), transport.log_volume_slopes()
 
 
 def _outer_scores(
     target: Target,
     theta: Theta,
+    frame: Array,
     reference: Reference | None,
     transport: Transport | None,
     blocks: Blocks,
@@ -314,20 +349,20 @@ def _outer_scores(
 
     The two factors come from different islands, so that their Monte Carlo noise adds no bias.
     """
-    terms_fn, flat, _ = flat_terms(target, theta)
-    moved, volume = _moving(terms_fn, flat, reference, transport, blocks)
+    along, here = _along(target, theta, frame)
+    moved, volume = _moving(along, here, reference, transport, blocks)
     free = blocks.of_term == blocks.num_blocks
 
     def of_island(island: Islands) -> Array:
         weights = jax.nn.softmax(island.log_weights, 0)
 
-        def along(direction: Array) -> Array:
-            every = lambda t: jax.vmap(lambda x: moved(t, x))(island.x)  # noqa: E731
-            _, slopes = jax.jvp(every, (jnp.zeros_like(flat),), (direction,))
+        def of_units(direction: Array) -> Array:
+            every = lambda u: jax.vmap(lambda x: moved(u, x))(island.x)  # noqa: E731
+            _, slopes = jax.jvp(every, (here,), (direction,))
             of_blocks = jnp.sum(weights * blocks.sum_terms(slopes), 0)
             return jnp.concatenate([of_blocks, jnp.where(free, slopes[0], 0.0)])
 
-        scores = lax.map(along, jnp.eye(flat.shape[0], dtype=flat.dtype))
+        scores = lax.map(of_units, jnp.eye(here.shape[0], dtype=here.dtype))
         return scores.at[:, : blocks.num_blocks].add(-volume)
 
     first, second = lax.map(of_island, jax.tree.map(lambda v: v[:2], islands))

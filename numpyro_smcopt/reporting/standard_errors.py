@@ -5,8 +5,12 @@
     Cov(theta_hat) = I^-1        distance to the maximum = -I^-1 score
 
 A direction whose information cannot be told from zero is not inverted but named: a rotation of loadings, two
-parameters of which only the sum matters, a leaf that a prior has replaced. Everything happens on the host, in double
-precision; the information comes from independent islands, whose spread is its Monte Carlo error.
+parameters of which only the sum matters, a leaf that a prior has replaced. Zero is judged where the complete-data
+information is the identity. In units of its diagonal alone the intercept and the slope of a year would pass for one
+parameter: ``(sd / mean)^2 / 2`` of the information, 1e-5, is all that tells them apart, and all that is needed.
+
+Everything happens on the host, in double precision; the information comes from independent islands, whose spread is
+its Monte Carlo error.
 """
 
 from collections.abc import Sequence
@@ -17,7 +21,8 @@ import numpy as np
 NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
 SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
 LARGE_SHARE = 1e-2  # of the complete-data information; noise that could hide as much says nothing about the data
-PART = 1e-4  # squared component in a singular direction, above which a coordinate is not identified
+RESOLVED = 1e-6  # eigenvalue of the complete-data information, relative to its largest: less is rounding
+PART = 1e-4  # of a coordinate's variance, in a singular direction; with more it is not identified
 SHOWN_PART = 0.05
 ROUNDING = 1e-6  # error of a score in single precision, in units of its spread under the complete-data information
 
@@ -54,27 +59,36 @@ def curvature_of(
     complete: np.ndarray,
     names: Sequence[str],
     held: np.ndarray | None = None,
+    settled: np.ndarray | None = None,
 ) -> Curvature:
     """Invert what can be inverted.
 
     Args:
         score: [R, P] gradient of minus the log likelihood, from each of R islands.
         information: [R, P, P] its Hessian.
-        complete: [P] diagonal of the complete-data information, which sets the scale.
+        complete: [P, P] complete-data information, which sets the scale; with latents that move along with theta, if
+            the derivatives were taken so.
         names: [P] of the coordinates.
         held: [P] of bool, coordinates that are held at a boundary.
+        settled: [P, P] complete-data information with latents that stay, in whose terms directions are judged; by
+            default the diagonal of ``complete``.
     """
     size = score.shape[1]
     score, information = np.asarray(score, float), np.asarray(information, float)
     mean_score, mean = score.mean(0), information.mean(0)
-    complete = np.abs(np.asarray(complete, float))
+    complete = np.asarray(complete, float)
+    diagonal = np.abs(np.diag(complete))
+    settled = np.diag(diagonal) if settled is None else np.asarray(settled, float)
     held = np.zeros(size, bool) if held is None else held
-    dead = (complete <= 0) | ~np.isfinite(complete)
+    dead = (diagonal <= 0) | ~np.isfinite(diagonal)
     used = np.flatnonzero(~held & ~dead & np.all(np.isfinite(information), axis=(0, 2)))
 
-    # In units of the complete-data information
-    scale = 1 / np.sqrt(complete[used])
-    scaled = information[:, used][:, :, used] * scale[:, None] * scale
+    # In coordinates u, theta = frame u, with the complete-data information for a unit
+    pairs = np.ix_(used, used)
+    frame = whitening(settled[pairs])
+    whole = np.diag(frame.T @ settled[pairs] @ frame)
+    frame /= np.sqrt(np.maximum(np.abs(np.diag(frame.T @ complete[pairs] @ frame)), RESOLVED * np.abs(whole)))
+    scaled = frame.T @ information[:, used][:, :, used] @ frame
     scaled = (scaled + scaled.transpose(0, 2, 1)) / 2
     values, vectors = np.linalg.eigh(scaled.mean(0))
     each = np.einsum("ik,rij,jk->rk", vectors, scaled, vectors)
@@ -83,20 +97,22 @@ def curvature_of(
     indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE)))
     hidden = singular & (np.abs(values) <= NOISE * noise) & (values + NOISE * noise > LARGE_SHARE)
     of_used = [names[i] for i in used.tolist()]
-    describe = lambda which: [_describe(vectors[:, k], of_used) for k in np.flatnonzero(which)]  # noqa: E731
+    directions = frame @ vectors
+    components = directions / np.sqrt(np.sum(directions**2, 1, keepdims=True))
+    describe = lambda which: [_describe(components[:, k], of_used) for k in np.flatnonzero(which)]  # noqa: E731
 
     kept = ~singular
-    inverse = (vectors[:, kept] / values[kept]) @ vectors[:, kept].T * scale[:, None] * scale
-    parts = np.sum(vectors[:, singular] ** 2, 1)
+    inverse = (directions[:, kept] / values[kept]) @ directions[:, kept].T
+    parts = np.sum(components[:, singular] ** 2, 1)
     identified = np.zeros(size, bool)
     identified[used] = parts < PART
     covariance = np.zeros((size, size))
-    covariance[np.ix_(used, used)] = inverse
+    covariance[pairs] = inverse
     # d(C) = -C dI C, and a standard error is half as sensitive as a variance.
     spread = np.einsum("ij,rjk,ki->ri", covariance, information - mean, covariance)
     with np.errstate(invalid="ignore", divide="ignore"):
         se_noise = mean_and_error(spread)[1] / (2 * np.diag(covariance))
-        score_error = np.hypot(mean_and_error(score)[1], ROUNDING * np.sqrt(complete))
+        score_error = np.hypot(mean_and_error(score)[1], ROUNDING * np.sqrt(diagonal))
         score_z = np.where(mean_score != 0, mean_score / score_error, 0.0)
     usable = identified[:, None] & identified
     return Curvature(
@@ -113,6 +129,21 @@ def curvature_of(
         tuple(describe(hidden)),
         indefinite,
     )
+
+
+def whitening(information: np.ndarray) -> np.ndarray:
+    """[P, P] ``F`` with ``F^T H F`` near the identity for a complete-data information ``H [P, P]``.
+
+    It is the root of the inverse that is symmetric up to units, so that each column stays as near to the coordinate of
+    its number as it can. Columns are long but finite where ``H`` has no rank, and of unit length where it is zero.
+    """
+    information = np.where(np.isfinite(information), information, 0.0)
+    size = np.sqrt(np.abs(np.diag(information)))
+    scale = 1 / np.where(size > 0, size, 1.0)
+    correlation = np.where(size[:, None] * size > 0, information * scale[:, None] * scale, np.eye(len(size)))
+    values, vectors = np.linalg.eigh((correlation + correlation.T) / 2)
+    floored = np.maximum(np.abs(values), RESOLVED * np.max(np.abs(values), initial=0.0))
+    return scale[:, None] * (vectors / np.sqrt(floored)) @ vectors.T
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
