@@ -9,6 +9,9 @@ NEWER_PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12) $(wildcard $(HOME
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
+# Two test processes side by side, each with its own threads for matrices of five rows, would wait for one another.
+export OPENBLAS_NUM_THREADS = 1
+
 .PHONY: help quickstart test test-arviz1 docs bench format clean
 
 help:
