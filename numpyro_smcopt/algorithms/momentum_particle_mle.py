@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax, random
+from jax import random
 
 from numpyro_smcopt import tempering
 from numpyro_smcopt.algorithms import budget, faults
@@ -55,6 +55,7 @@ from numpyro_smcopt.algorithms.two_numbers import (
     two_numbers,
 )
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import HMC, Point, Potential, Preconditioner, Preconditioning, preconditioners
 from numpyro_smcopt.kernels.underdamped import (
     IntegratorFn,
@@ -68,7 +69,7 @@ from numpyro_smcopt.kernels.underdamped import (
     uncorrected,
 )
 from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE, CloudState, LatentStep, forgotten
-from numpyro_smcopt.noise import draw_normals
+from numpyro_smcopt.noise import draw_normals, split
 from numpyro_smcopt.objectives import (
     Cloud,
     Estimate,
@@ -463,7 +464,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         latent_going = controlled(
             exponential, state.cloud.pace, controls["latent_step_size"], controls["latent_momentum"]
         )
-        key_next, key_theta, key_latents = random.split(state.rng_key, 3)
+        key_next, key_theta, key_latents = split(state.rng_key, 3)
 
         # Gradient, ahead of theta
         ahead = flat + going.integrator.lookahead * state.motion.velocity
@@ -485,7 +486,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         moved = latents.move(normals, state.points.x, state.cloud, latent_going, potential)
         alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
         replaced = partial(_replaced, alive, state.blocks, state.points.x)
-        moved = lax.cond(jnp.all(alive), lambda moved: moved, replaced, moved)
+        moved = changed_if(~jnp.all(alive), replaced, moved)
 
         # Back, where hardly anything lives; then from rest, and with shorter steps
         possible = _is_possible(state.blocks, alive, moved.terms)
