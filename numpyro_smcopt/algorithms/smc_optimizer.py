@@ -140,7 +140,8 @@ class SMCOptimizer(ParticleAlgorithm):
             default `MarginalLikelihood`, with control variates for the default step and plain, as in the paper, with an
             ``optim``.
         kernel: How particles move; by default `HMC` with a jittered, adapted step size.
-        num_particles: N; by default between 32 and 128, fewer for larger models.
+        num_particles: N. For the marginal likelihood by default 128 where one weight is shared by all latents, and down
+            to 32 for larger models with many independent blocks; for other objectives 128 to 1024.
         resampling: A resampling scheme; by default `resampling.systematic`.
         ess_threshold: A block is resampled if its ESS falls below this fraction of the particles.
         init_strategy: A strategy such as `numpyro.infer.init_to_uniform` for particles that cannot be drawn from the

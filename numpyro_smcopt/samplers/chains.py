@@ -46,7 +46,7 @@ from numpyro_smcopt.theta_step import Surroundings, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, reweight, uniform_log_weights
 
-RELAXATION = 2.0  # time in which a cloud of unit scale forgets where it was: one, if every other move is accepted
+RELAXATION = 2.0  # time in which a cloud of unit scale forgets where it was; half of that if all moves were accepted
 
 Schedule = Callable[[Array], Array]
 """The number of an update to a factor, as in `optax.schedules`."""
