@@ -49,12 +49,9 @@ def laplace_fit(
     start, inverse, fraction = here.theta, covariance, 1.0
     deviation = np.sqrt(np.diag(covariance))
     length = lambda step: np.max(np.abs(step[deviation > 0]) / deviation[deviation > 0], initial=0.0)  # noqa: E731
-    step = -inverse @ here.score
-    if length(step) < CLOSE:
-        return LaplaceFit(start + step, True)
-    for _ in range(MOST_EVALUATIONS):
+    for k in range(MOST_EVALUATIONS):
         step = -inverse @ here.score
-        if length(step) < CONVERGED:
+        if length(step) < (CLOSE if k == 0 else CONVERGED):
             return LaplaceFit(here.theta + step, True)
         step *= fraction * min(1.0, LONGEST / length(step))
         if length(here.theta + step - start) > FURTHEST:
