@@ -77,23 +77,28 @@ def louis_information(
     num_particles, num_terms = x.shape[0], blocks.of_term.shape[0]
     weights = jnp.exp(log_weights)
     of_term = blocks.to_terms(weights, 1 / num_particles)
-    if directions is None:
-        directions, project = jnp.eye(theta.shape[0], dtype=theta.dtype), lambda gradient: gradient
-    else:
-        project = partial(along_each, directions)
 
     def energies_and_gradient(t: Any) -> tuple[Array, Array]:
-        terms, vjp = jax.vjp(lambda t: jax.vmap(lambda one: terms_fn(t, one))(x), t)
-        return blocks.sum_terms(terms), project(vjp(of_term)[0])
+        def of_particle(one: Array, coefficients: Array) -> tuple[Array, Any]:
+            terms, vjp = jax.vjp(lambda t: terms_fn(t, one), t)
+            return terms, vjp(coefficients)[0]
 
-    def along(direction: Any) -> tuple[Array, tuple[Array, Array]]:
-        (_, gradient), slopes = jax.jvp(energies_and_gradient, (theta,), (direction,))
-        return gradient, slopes
+        # One gradient for each particle, then their sum: XLA for CPUs takes three times as long to contract particles
+        # and observations at once, as in the slopes of a matrix of loadings.
+        terms, gradients = jax.vmap(of_particle)(x, of_term)
+        return blocks.sum_terms(terms), jax.tree.map(lambda v: v.sum(0), gradients)
 
-    num_directions = jax.tree.leaves(directions)[0].shape[0]
+    def along(direction: Any) -> tuple[Array, Any]:
+        return jax.jvp(energies_and_gradient, (theta,), (direction,))[1]
+
+    given = jnp.eye(theta.shape[0], dtype=theta.dtype) if directions is None else directions
+    num_directions = jax.tree.leaves(given)[0].shape[0]
     batch = max(1, min(num_directions, int(DIRECTIONS_AT_ONCE_BUDGET / (num_particles * max(num_terms, work)))))
     mapped = jax.vmap(along) if batch == num_directions else partial(lax.map, along, batch_size=batch)
-    gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
+    slopes, complete = mapped(given)  # [P, N, B], and like the directions
+    _, gradient = energies_and_gradient(theta)
+    if directions is not None:
+        gradient, complete = along_each(directions, gradient), jax.vmap(partial(along_each, directions))(complete)
     factor = 1.0 if matched else jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
     # Not `sum(weights * centred, 1)`: XLA for CPUs (jaxlib 0.10.2) miscompiles that sum if it is subtracted from its
@@ -103,7 +108,7 @@ def louis_information(
     flat = centred.reshape(num_directions, -1)
     per_block = jnp.sum(jnp.sum(centred**2, 1) / jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30)[:, None], 0)
     share = jnp.max(per_block) / jnp.maximum(jnp.sum(per_block), 1e-30)
-    return gradients[0], Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
+    return gradient, Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
 
 
 def along_each(directions: Any, gradient: Any) -> Array:

@@ -28,7 +28,7 @@ from numpyro_smcopt.reporting.transport import Moved, Transport, laplace_transpo
 from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.types import Array, Params, Theta
 from numpyro_smcopt.traces import traced_once
-from numpyro_smcopt.uncertainty import DIRECTIONS_AT_ONCE_BUDGET, along_each, louis_information
+from numpyro_smcopt.uncertainty import along_each, louis_information
 from numpyro_smcopt.weights import effective_sample_size
 
 NUM_SAMPLES = 1024  # where blocks are resampled; a power of two, for the strides
@@ -343,21 +343,14 @@ def _differentiate(
         plain = along_each(way.directions.theta, gradient.theta)
         return along_each(way.directions, gradient) - jnp.sum(way.volume, 1), plain
 
-    # Islands of few draws pass together.
-    num = draws.information
-    together = (
-        1 if num == islands.x.shape[1] else max(1, min(draws.islands, int(DIRECTIONS_AT_ONCE_BUDGET / num / work)))
-    )
-
     def informations(island: Islands) -> tuple[Array, Array]:
         log_weights = jax.nn.log_softmax(island.log_weights, 0)
-        _, found = louis_information(
-            way.terms_fn, way.here, island.x, log_weights, blocks, together * work, directions=way.directions
-        )
+        place = way.terms_fn, way.here, island.x, log_weights, blocks, work
+        _, found = louis_information(*place, directions=way.directions)
         return found.complete - found.missing, found.complete
 
     score, plain = lax.map(scores, some)
-    information, complete = lax.map(informations, few, batch_size=together)
+    information, complete = lax.map(informations, few)
     return Slopes(score, plain, information, complete.mean(0))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
 SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
 LARGE_SHARE = 1e-2  # of the complete-data information; noise that could hide as much says nothing about the data
+TURNING = 0.1  # how much curvature may change over a distance of one, both in units of that information
 RESOLVED = 1e-6  # eigenvalue of the complete-data information, relative to its largest: less is rounding
 PART = 1e-4  # of a coordinate's variance, in a singular direction; with more it is not identified
 SHOWN_PART = 0.05
@@ -91,10 +92,12 @@ def curvature_of(
     scaled = frame.T @ information[:, used][:, :, used] @ frame
     scaled = (scaled + scaled.transpose(0, 2, 1)) / 2
     values, vectors = np.linalg.eigh(scaled.mean(0))
-    each = np.einsum("ik,rij,jk->rk", vectors, scaled, vectors)
+    each = np.sum(vectors * (scaled @ vectors), 1)
     noise = mean_and_error(each)[1]
     singular = ~(values > np.maximum(NOISE * noise, SMALLEST_SHARE))
-    indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE)))
+    # Where theta is not at the maximum, a rotation that changes nothing is not straight: it curves as the score slopes.
+    slope = TURNING * np.linalg.norm(frame.T @ mean_score[used])
+    indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE + slope)))
     hidden = singular & (np.abs(values) <= NOISE * noise) & (values + NOISE * noise > LARGE_SHARE)
     of_used = [names[i] for i in used.tolist()]
     directions = frame @ vectors
@@ -109,7 +112,7 @@ def curvature_of(
     covariance = np.zeros((size, size))
     covariance[pairs] = inverse
     # d(C) = -C dI C, and a standard error is half as sensitive as a variance.
-    spread = np.einsum("ij,rjk,ki->ri", covariance, information - mean, covariance)
+    spread = np.sum(covariance * ((information - mean) @ covariance), 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         se_noise = mean_and_error(spread)[1] / (2 * np.diag(covariance))
         score_error = np.hypot(mean_and_error(score)[1], ROUNDING * np.sqrt(diagonal))
