@@ -35,6 +35,8 @@ Map of the package, from the top down:
     noise            random numbers of a whole cloud at once
     weights          weights, effective sample size, log evidence
     blocks           groups of independent latents
+    sums             energy terms added up where they are made
+    branching        what a program does now and then
     traces           functions that are traced once
     types            the glossary
 """

@@ -59,7 +59,7 @@ LAYERS = (
     {"kernels.preconditioners", "resampling", "effects", "sharding"},
     {"weights"},
     {"blocks"},
-    {"noise", "traces", "branching"},
+    {"noise", "traces", "branching", "sums"},
     {"types"},
 )
 

@@ -27,7 +27,7 @@ from numpyro_smcopt.algorithms.journal import Journal, check_path
 from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
 from numpyro_smcopt.algorithms.programs import Program
 from numpyro_smcopt.algorithms.start import Rehearsal, Start
-from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.blocks import Blocks, add_up
 from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.checkpoint import Saved, digest, restore, without_addresses
 from numpyro_smcopt.convergence import EarlyStop, look
@@ -498,7 +498,8 @@ class ParticleAlgorithm(abc.ABC):
         target = self._target(arrays, static)
         rng_key = saved.arrays["['state'].rng_key"]
         rng_key = rng_key if num_runs == 1 else rng_key[0]
-        blocks = Blocks(*(jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields))
+        fields: Any = [jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields[:-1]]
+        blocks = add_up(Blocks(*fields), target.sites.term_shapes)
         _, theta = self._program("theta", Target.initial_params).eval_shape(static, arrays, rng_key, {})
         state = self._begin(rng_key, Rehearsal(self._program, static, arrays, target, theta, blocks=blocks))
         state = jax.eval_shape(lambda state: self._introduced(state, fingerprint(arrays)), state)

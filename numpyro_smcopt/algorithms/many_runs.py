@@ -244,7 +244,7 @@ def _shared_blocks(states: Sequence[Any]) -> Blocks:
     """
     first = states[0].blocks
     for k, state in enumerate(states):
-        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, first, state.blocks))):
+        if not all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(state.blocks))):
             raise ValueError(
                 f"At the starting values of run {k} the latents depend on one another in another way than at those of "
                 "run 0. Start elsewhere with init_params, or use partition=numpyro_smcopt.one_block."
