@@ -44,7 +44,6 @@ LAYERS = (
         "algorithms.particles",
         "algorithms.programs",
         "algorithms.settings",
-        "algorithms.two_numbers",
     },
     {"reporting.islands", "reporting.transport"},
     {"reporting.reference"},
