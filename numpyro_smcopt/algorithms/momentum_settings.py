@@ -70,11 +70,11 @@ def two_numbers(
                 "both must be positive and finite."
             )
         return numbers
-    shown = _first(step_size)
+    shown = _first(f"{block}step_size", step_size)
     warming_up = callable(step_size) and shown == 0
     if step_size is not None and not (_is_number(shown) and 0 < shown < math.inf or warming_up):
         raise ValueError(f"{block}step_size must be a positive number or a schedule of such, got {shown!r}.")
-    shown = _first(momentum)
+    shown = _first(f"{block}momentum", momentum)
     if momentum is not None and not (_is_number(shown) and 0 <= shown < 1):
         raise ValueError(
             f"{block}momentum must lie in [0, 1), got {shown!r}: it is the share of the velocity that is left "
@@ -89,9 +89,16 @@ def two_numbers(
     return step_size, -math.log(momentum) if momentum > 0 else math.inf
 
 
-def _first(value: Number) -> Any:
+def _first(name: str, value: Number) -> Any:
     """A number, or what a schedule begins with."""
-    return value(np.zeros((), np.int32)) if callable(value) else value  # type: ignore[arg-type]
+    if not callable(value):
+        return value
+    try:
+        return value(np.zeros((), np.int32))  # type: ignore[arg-type]
+    except Exception as error:
+        raise TypeError(
+            f"{name} must be a number, or a function of the number of updates, but {value!r} fails at 0: {error}."
+        ) from error
 
 
 def _is_number(value: Any) -> bool:
