@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """The architecture, held by a test: imports go down, each foreign interface has one owner, importing costs nothing.
 
 The rules are about the source text, so imports inside functions and under TYPE_CHECKING count like any other. They are
