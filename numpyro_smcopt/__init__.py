@@ -13,7 +13,7 @@ Map of the package, from the top down:
     comparison       models beside one another, likelihood-ratio tests
     evidence         log marginal likelihood of any model
     handlers         what steers updates from outside: control, adaptation of step sizes, limits of theta
-    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion; base, start, particles: what they share
+    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion, and what they share (from `base` down)
     samplers/        where the samples of ImplicitDiffusion come from
     reporting/       standard errors, intervals, log evidence, samples of a fit
     laplace          modes and curvatures of the latents, the warm start of theta

@@ -19,6 +19,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from models import normal
 
 from numpyro_smcopt import EarlyStop, SMCOptimizer, Status
 from numpyro_smcopt.checkpoint import load, restore, save
@@ -157,13 +158,6 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 SMALL = np.array([1.0, 2.0, 4.5], np.float32)
-
-
-def normal(y):
-    mean = numpyro.param("mean", 0.0)
-    with numpyro.plate("data", len(y)):
-        x = numpyro.sample("x", dist.Normal(mean, 1.0))
-        numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
 
 def optimizer():

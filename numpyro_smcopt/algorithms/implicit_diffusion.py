@@ -28,8 +28,9 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.algorithms import faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive, whole_or_none
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm
 from numpyro_smcopt.algorithms.safeguards import next_caution
+from numpyro_smcopt.algorithms.settings import positive, whole_or_none
 from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
