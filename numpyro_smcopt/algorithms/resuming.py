@@ -92,9 +92,10 @@ def _rehearsed(algorithm: Algorithm, plan: Plan, saved: Saved) -> Any:
     rng_key = saved.arrays["['state'].rng_key"]
     rng_key = rng_key if plan.num_runs == 1 else rng_key[0]
     fields: Any = [jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields[:-1]]
+    target = algorithm._target(arrays, static)
     blocks = add_up(Blocks(*fields), target.sites.term_shapes)
     theta = _theta(algorithm, arrays, static, rng_key)
-    start = Rehearsal(algorithm._program, static, arrays, algorithm._target(arrays, static), theta, blocks=blocks)
+    start = Rehearsal(algorithm._program, static, arrays, target, theta, blocks=blocks)
     state = algorithm._begin(rng_key, start)
     state = jax.eval_shape(lambda state: algorithm._introduced(state, fingerprint(arrays)), state)
     return state if plan.num_runs == 1 else many_runs.stacked_shapes(state, plan.num_runs)._replace(blocks=state.blocks)
