@@ -22,6 +22,7 @@ from jax import random
 from models import normal
 
 from numpyro_smcopt import EarlyStop, SMCOptimizer, Status
+from numpyro_smcopt.algorithms import running
 from numpyro_smcopt.checkpoint import load, restore, save
 from numpyro_smcopt.handlers import adapt_step_size
 from numpyro_smcopt.kernels import MALA, RandomWalk
@@ -245,7 +246,7 @@ def test_an_interrupt_before_the_first_update_is_raised(monkeypatch):
 
     one = optimizer()
     state = one.init(random.key(0), SMALL)
-    monkeypatch.setattr(one, "_run_program", lambda: interrupted)
+    monkeypatch.setattr(running, "_program", lambda algorithm: interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.run(random.key(0), 10, SMALL, progress_bar=False, init_state=state)
 
