@@ -302,7 +302,7 @@ def add_up(blocks: Blocks, shapes: Sequence[tuple[int, ...]]) -> Blocks:
         shapes: Of the sites' terms, in order.
     """
     of_term = np.asarray(blocks.of_term)
-    sums = find_sums(of_term, shapes)
+    sums = find_sums(of_term, shapes, blocks.num_blocks)
     table = _table_of_terms(sums.owners(of_term), blocks.num_blocks)
     return blocks._replace(table_of_sums=_on_device(table), sums=sums)
 

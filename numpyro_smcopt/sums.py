@@ -44,8 +44,7 @@ class SiteSum(NamedTuple):
 
     def owners(self, of_terms: Any) -> Any:
         """The blocks of the terms to those of the sums, [F]; of NumPy or JAX."""
-        first = tuple(0 if axis in self.axes else slice(None) for axis in range(len(self.shape)))
-        return of_terms.reshape(self.shape)[first].ravel()
+        return of_terms.reshape(self.shape).min(self.axes).ravel()
 
 
 @jax.tree_util.register_static
@@ -70,27 +69,33 @@ class Sums:
 NO_SUMS = Sums()
 
 
-def find_sums(of_term: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Sums:
+def find_sums(of_term: np.ndarray, shapes: Sequence[tuple[int, ...]], num_blocks: int) -> Sums:
     """What can be added up.
 
+    A term that depends on no latent, such as one that is masked out, may be added to those of any block: it is the same
+    for all particles, and so is what it does to their weights.
+
     Args:
-        of_term: [K] the block of each term.
+        of_term: [K] the block of each term; B, more than any other, for terms that depend on no latent.
         shapes: Of the sites' terms, which make up K in this order.
+        num_blocks: B.
     """
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
     pieces = np.split(of_term, ends) if shapes else []
-    return Sums(tuple(_of_site(piece.reshape(shape)) for piece, shape in zip(pieces, shapes, strict=True)))
+    return Sums(tuple(_of_site(piece.reshape(shape), num_blocks) for piece, shape in zip(pieces, shapes, strict=True)))
 
 
-def _of_site(owners: np.ndarray) -> SiteSum:
+def _of_site(owners: np.ndarray, free: int) -> SiteSum:
     for axis in reversed(range(owners.ndim)):
         owners = _unrolled(owners, axis)
     # From the last axis on: terms that are neighbours in memory are added up at the least cost.
     shape, num = list(owners.shape), 1
     axes: list[int] = []
     for axis in reversed(range(owners.ndim)):
-        if not np.array_equal(owners, np.broadcast_to(owners.take([0], axis), owners.shape)):
+        together = np.broadcast_to(owners.min(axis, keepdims=True), owners.shape)
+        if np.any((owners != together) & (owners != free)):
             continue
+        owners = together
         length = _largest_part(shape[axis], LARGEST_SUM // num)
         if length == 1:
             continue
