@@ -234,6 +234,7 @@ class Impatient:
 def test_an_interrupted_run_returns_what_it_has_and_can_be_resumed(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
         patch.setattr("numpyro_smcopt.loop.ProgressBar", Impatient)
+        patch.setattr("numpyro_smcopt.loop.CHUNK", 50)  # the interrupt is heard after a chunk
         result = optimizer().run(random.key(0), 230, SMALL, checkpoint=tmp_path / "run")
     assert result.status is Status.INTERRUPTED and 120 <= len(result.losses) < 230
     np.testing.assert_array_equal(result.losses, uninterrupted.losses[: len(result.losses)])
