@@ -72,6 +72,23 @@ def test_fifty_coefficients():
     assert np.all(errors < 5e-3)
 
 
+def test_blocks_of_different_widths():
+    """Schools with one to twelve classes; a block is padded to the width of the largest."""
+    school = np.repeat(np.arange(4), [1, 2, 4, 12])
+    y = np.random.default_rng(2).normal(size=len(school)) + np.array([1.0, -2.0, 0.5, 0.0])[school]
+
+    def nested(y):
+        with numpyro.plate("schools", 4):
+            u = numpyro.sample("u", dist.Normal(0.0, 1.5))
+        with numpyro.plate("classes", len(school)):
+            v = numpyro.sample("v", dist.Normal(u[school], 0.5))
+            numpyro.sample("y", dist.Normal(v, 0.7), obs=y)
+
+    covariance = 2.25 * (school[:, None] == school) + (0.25 + 0.49) * np.eye(len(school))
+    exact = stats.multivariate_normal(np.zeros(len(school)), covariance).logpdf(y)
+    assert log_evidence(nested, y, num_particles=1000).log_evidence == pytest.approx(exact, abs=2e-3)
+
+
 def test_a_constant_factor_shifts_the_evidence_by_itself():
     x, y = regression_data(5)
     for shift in (-1000.0, 140.0):
