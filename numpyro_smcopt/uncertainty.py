@@ -10,7 +10,7 @@ covariance falls apart into the independent blocks. Source: Louis 1982.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,42 +51,48 @@ class Fisher(NamedTuple):
 
 
 def louis_information(
-    terms_fn: Callable[[Array, Array], Array],
-    theta: Array,
+    terms_fn: Callable[[Any, Array], Array],
+    theta: Any,
     x: Array,
     log_weights: Array,
     blocks: Blocks,
     work: int = 1,
     *,
+    directions: Any = None,
     matched: bool = False,
 ) -> tuple[Array, Information]:
     """Expected gradient [P] of the energy, and complete and missing information, at ``theta``.
 
     Args:
         terms_fn: ``(theta [P], x [D]) -> [K]``.
-        theta: [P] flat unconstrained parameters.
+        theta: [P] flat unconstrained parameters; a pytree if there are ``directions``.
         x: [N, D] particles.
         log_weights: [N, B] their normalised log weights.
         blocks: The partition.
         work: Array elements that one energy computes; decides how many directions fit into memory at once.
+        directions: Like ``theta`` with a leading axis [P]: what is differentiated along; by default its coordinates.
         matched: Whether the particles have exactly the right second moments, so that their covariances need no
             small-sample factor.
     """
     num_particles, num_terms = x.shape[0], blocks.of_term.shape[0]
     weights = jnp.exp(log_weights)
     of_term = blocks.to_terms(weights, 1 / num_particles)
+    if directions is None:
+        directions, project = jnp.eye(theta.shape[0], dtype=theta.dtype), lambda gradient: gradient
+    else:
+        project = partial(along_each, directions)
 
-    def energies_and_gradient(t: Array) -> tuple[Array, Array]:
+    def energies_and_gradient(t: Any) -> tuple[Array, Array]:
         terms, vjp = jax.vjp(lambda t: jax.vmap(lambda one: terms_fn(t, one))(x), t)
-        return blocks.sum_terms(terms), vjp(of_term)[0]
+        return blocks.sum_terms(terms), project(vjp(of_term)[0])
 
-    def along(direction: Array) -> tuple[Array, tuple[Array, Array]]:
+    def along(direction: Any) -> tuple[Array, tuple[Array, Array]]:
         (_, gradient), slopes = jax.jvp(energies_and_gradient, (theta,), (direction,))
         return gradient, slopes
 
-    batch = max(1, min(theta.shape[0], int(DIRECTIONS_AT_ONCE_BUDGET / (num_particles * max(num_terms, work)))))
-    directions = jnp.eye(theta.shape[0], dtype=theta.dtype)
-    mapped = jax.vmap(along) if batch == len(directions) else partial(lax.map, along, batch_size=batch)
+    num_directions = jax.tree.leaves(directions)[0].shape[0]
+    batch = max(1, min(num_directions, int(DIRECTIONS_AT_ONCE_BUDGET / (num_particles * max(num_terms, work)))))
+    mapped = jax.vmap(along) if batch == num_directions else partial(lax.map, along, batch_size=batch)
     gradients, (slopes, complete) = mapped(directions)  # [P, P], [P, N, B], [P, P]
     factor = 1.0 if matched else jax.vmap(small_sample_factor, in_axes=1)(log_weights)
     centred = jnp.where(weights > 0, slopes, 0.0)
@@ -94,10 +100,16 @@ def louis_information(
     # own summand, by several percent from about 20,000 numbers on.
     mean = jnp.einsum("nb,pnb->pb", weights, centred, precision="highest")
     centred = (centred - mean[:, None]) * jnp.sqrt(weights * factor)
-    flat = centred.reshape(theta.shape[0], -1)
+    flat = centred.reshape(num_directions, -1)
     per_block = jnp.sum(jnp.sum(centred**2, 1) / jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30)[:, None], 0)
     share = jnp.max(per_block) / jnp.maximum(jnp.sum(per_block), 1e-30)
     return gradients[0], Information((complete + complete.T) / 2, jnp.matmul(flat, flat.T, precision="highest"), share)
+
+
+def along_each(directions: Any, gradient: Any) -> Array:
+    """[P] derivatives along directions, from a gradient; both pytrees, the directions with a leading axis [P]."""
+    product = lambda d, g: jnp.tensordot(d, g, g.ndim, precision="highest")  # noqa: E731
+    return jax.tree.reduce(jnp.add, jax.tree.map(product, directions, gradient))
 
 
 def fisher_information(scores: Array, log_weights: Array) -> Fisher:

@@ -179,14 +179,12 @@ def explore(
     num_params = len(columns)
     order = rng.uniform(size=(2, blocks.num_blocks)).astype(cloud.x.dtype)
     if not laplace.affordable(blocks):
-        small = 0 < num_params <= budget.LARGEST_INFORMATION
         wanted = 0 if num_islands is None else -(-num_islands * SIZE // cloud.x.shape[0])
-        wide = small, small and sandwich, init_strategy, wanted
-        return _explore_wide(rng_key, start, params, cloud, kernel, columns, order, *wide)
+        return _explore_wide(
+            rng, rng_key, start, params, cloud, kernel, columns, order, sandwich, init_strategy, wanted
+        )
 
-    num, informing, sandwich, drawn = _draw(
-        rng, rng_key, start, params, cloud, order, columns, sandwich, continuous, num_islands
-    )
+    num, sandwich, drawn = _draw(rng, rng_key, start, params, cloud, order, columns, sandwich, continuous, num_islands)
     found = islands.combine_weighed(*jax.device_get((drawn.tally, drawn.at_probes, cloud.log_weights)))
     rest = jax.device_get((drawn.slopes, drawn.outer, drawn.samples, drawn.log_weights))
     pareto_k = _pareto_k(np.asarray(drawn.worst_log_weights))
@@ -198,8 +196,11 @@ def explore(
         num = max(budget.TEMPERED_ISLANDS, num_islands or 0)
         keys = random.split(rng_key, num)
         some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
-        temper = ("temper", kernel, informing > 0, sandwich), programs.temper_program(kernel, informing > 0, sandwich)
-        done = jax.device_get(start.call(*temper, keys, some, order, columns, drawn, blocks, found.missed))
+        informing = num if drawn.slopes is not None else 0
+        draws = budget.slope_draws(informing, SIZE, num_params, blocks.num_blocks, start.target.work(start.theta))
+        picks = programs.draw_picks(rng, draws, SIZE, blocks.num_blocks).astype(cloud.x.dtype)
+        temper = ("temper", kernel, draws, sandwich), programs.temper_program(kernel, draws, sandwich)
+        done = jax.device_get(start.call(*temper, keys, some, picks, order, columns, drawn, blocks, found.missed))
         found = islands.combine_tempered(done.log_evidence)
         rest, pareto_k = (done.slopes, done.outer, done.samples, done.log_weights), np.nan
         acceptance, num_unfinished = float(np.mean(done.acceptance)), int(np.sum(done.num_unfinished))
@@ -252,7 +253,7 @@ def laplace_at(
     rng = host_generator(rng_key)
     columns = np.zeros((0, 0), cloud.x.dtype) if frame is None else frame.columns
     order = rng.uniform(size=(2, cloud.blocks.num_blocks)).astype(cloud.x.dtype)
-    drawn = _draw(rng, rng_key, start, params, cloud, order, columns, sandwich, True, None)[3]
+    drawn = _draw(rng, rng_key, start, params, cloud, order, columns, sandwich, True, None, wanted=False)[2]
     return _laplace_point(drawn, columns, NO_DERIVATIVES)
 
 
@@ -267,17 +268,21 @@ def _draw(
     sandwich: bool,
     continuous: bool,
     num_islands: int | None,
-) -> tuple[int, int, bool, programs.Drawn]:
-    """How many islands there are, and inform derivatives; whether there is a sandwich; the draws of the reference."""
+    *,
+    wanted: bool = True,
+) -> tuple[int, bool, programs.Drawn]:
+    """How many islands there are, whether there is a sandwich, and the draws of the reference."""
     sites, blocks, work = start.target.sites, cloud.blocks, start.target.work(start.theta)
     num = num_islands or budget.num_islands(work)
     informing = budget.num_informing(num, len(columns), work)
     sandwich = sandwich and informing > 0
+    draws = budget.slope_draws(informing, SIZE, len(columns), blocks.num_blocks, work)
     uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
+    picks = programs.draw_picks(rng, draws, SIZE, blocks.num_blocks).astype(cloud.x.dtype)
     transported = continuous and len(columns) * blocks.width * work <= budget.TRANSPORT_WORK
-    draw = ("draw", num, informing, transported, sandwich), programs.draw_program(informing, transported, sandwich)
-    drawn = start.call(*draw, rng_key, uniforms, order, params, columns, cloud.x, cloud.log_weights, blocks)
-    return num, informing, sandwich, drawn
+    draw = ("draw", num, draws, transported, sandwich), programs.draw_program(draws, transported, sandwich)
+    place = params, columns, cloud.x, cloud.log_weights, blocks
+    return num, sandwich, start.call(*draw, np.asarray(wanted), rng_key, uniforms, picks, order, *place)
 
 
 def _laplace_point(drawn: programs.Drawn, columns: np.ndarray, without_score: str) -> LaplacePoint | str:
@@ -294,6 +299,7 @@ def _laplace_point(drawn: programs.Drawn, columns: np.ndarray, without_score: st
 
 
 def _explore_wide(
+    rng: np.random.Generator,
     rng_key: Array,
     start: Start,
     params: Params,
@@ -301,16 +307,19 @@ def _explore_wide(
     kernel: InvariantKernel,
     columns: np.ndarray,
     order: np.ndarray,
-    informing: bool,
     sandwich: bool,
     init_strategy: Callable | None,
     wanted: int,
 ) -> Exploration:
     num_particles, num = cloud.x.shape[0], max(budget.WIDE_ISLANDS, wanted)
-    build = programs.wide_program(kernel, num_particles, informing, sandwich, init_strategy)
-    wide = ("wide", kernel, num_particles, informing, sandwich), build
+    informing = num if 0 < len(columns) <= budget.LARGEST_INFORMATION else 0
+    place = len(columns), cloud.blocks.num_blocks, start.target.work(start.theta)
+    draws, sandwich = budget.slope_draws(informing, num_particles, *place), sandwich and informing > 0
+    picks = programs.draw_picks(rng, draws, num_particles, cloud.blocks.num_blocks).astype(cloud.x.dtype)
+    build = programs.wide_program(kernel, num_particles, draws, sandwich, init_strategy)
+    wide = ("wide", kernel, num_particles, draws, sandwich), build
     keys = random.split(rng_key, num)
-    fixed, done = jax.device_get(start.call(*wide, keys, order, params, columns, cloud.x[0], cloud.blocks))
+    fixed, done = jax.device_get(start.call(*wide, keys, picks, order, params, columns, cloud.x[0], cloud.blocks))
     found = islands.combine_tempered(done.log_evidence)
     known = starts_from_prior(start.target, init_strategy)
     return Exploration(

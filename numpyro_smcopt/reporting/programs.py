@@ -13,19 +13,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions.constraints import Constraint
 
+from numpyro_smcopt.algorithms.budget import SlopeDraws
 from numpyro_smcopt.algorithms.start import first_cloud
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.reporting.islands import Islands, Tally, temper_island, weigh_islands
 from numpyro_smcopt.reporting.reference import Reference, fit_reference
-from numpyro_smcopt.reporting.transport import Transport, laplace_transport, moved_terms
+from numpyro_smcopt.reporting.transport import Moved, Transport, laplace_transport, moved_terms
 from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.types import Array, Params, Theta
-from numpyro_smcopt.uncertainty import louis_information
+from numpyro_smcopt.traces import traced_once
+from numpyro_smcopt.uncertainty import DIRECTIONS_AT_ONCE_BUDGET, along_each, louis_information
 from numpyro_smcopt.weights import effective_sample_size
 
 NUM_SAMPLES = 1024  # where blocks are resampled; a power of two, for the strides
@@ -71,11 +74,11 @@ class Drawn(NamedTuple):
         fixed: See `Fixed`.
         reference: See `Reference`.
         transport: See `Transport`; None if the latents do not move along.
+        laplace_score: [P] see `_laplace_score`, in the directions of the slopes; None without transport.
         tally: See `Tally`.
         at_probes: [N, B] log weights of the particles of the cloud.
         worst_log_weights: [R N] log weights of the block with the fewest effective draws.
         slopes: See `Slopes`.
-        laplace_score: [P] see `_laplace_score`, in the same directions; None without transport.
         outer: [P, P] see `_outer_scores`, in the same directions.
         samples: Latent and deterministic sites, [S, ...].
         log_weights: [S].
@@ -84,34 +87,37 @@ class Drawn(NamedTuple):
     fixed: Fixed
     reference: Reference
     transport: Transport | None
+    laplace_score: Array | None
     tally: Tally
     at_probes: Array
     worst_log_weights: Array
     slopes: Slopes | None
-    laplace_score: Array | None
     outer: Array | None
     samples: dict[str, Array]
     log_weights: Array
 
 
-def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Callable[..., Drawn]:
+def draw_program(draws: SlopeDraws, transported: bool, sandwich: bool) -> Callable[..., Drawn]:
     """A program that draws from the reference.
 
     Args:
-        num_informing: Islands that derivatives are taken from; 0 for none.
+        draws: What derivatives are taken from.
         transported: Whether the latents move along with theta in derivatives.
         sandwich: Whether the outer product of the scores is wanted.
 
     Returns:
-        ``(target, rng_key, uniforms, order, params, frame, x, log_weights, blocks) -> Drawn``: randomness from
-        `reference.draw_uniforms` and [2, B] uniforms for resampling, the estimate, the directions of derivatives as
-        columns [P, P], and a cloud of the posterior.
+        ``(target, wanted, rng_key, uniforms, picks, order, params, frame, x, log_weights, blocks) -> Drawn``: whether
+        draws are wanted (otherwise what comes from them is zero, and only the rest is of use), randomness from
+        `reference.draw_uniforms` and `draw_picks` and [2, B] uniforms for resampling, the estimate, the directions of
+        derivatives as columns [P, P], and a cloud of the posterior.
     """
 
     def program(
         target: Target,
+        wanted: Array,
         rng_key: Array,
         uniforms: Array,
+        picks: Array,
         order: Array,
         params: Params,
         frame: Array,
@@ -122,21 +128,27 @@ def draw_program(num_informing: int, transported: bool, sandwich: bool) -> Calla
         fixed = _fixed(target, rng_key, params)
         terms_fn, flat, _ = flat_terms(target, fixed.theta)
         reference = fit_reference(lambda x: terms_fn(flat, x), x, log_weights, blocks)
-        islands, tally, at_probes = weigh_islands(rng_key, uniforms, target, fixed.theta, reference, blocks, x)
-        transport = slopes = laplace_score = outer = None
-        if num_informing:
+        transport = laplace_score = None
+        if draws.islands and transported:
             along, here = _along(target, fixed.theta, frame)
-            if transported:
-                transport = laplace_transport(along, here, reference, blocks)
-                laplace_score = _laplace_score(along, here, reference, transport)
-            some = jax.tree.map(lambda v: v[:num_informing], islands)
-            slopes = _differentiate(target, fixed.theta, frame, reference, transport, blocks, some)
-            if sandwich:
-                outer = _outer_scores(target, fixed.theta, frame, reference, transport, blocks, islands)
-        every = islands.log_weights.reshape(-1, blocks.num_blocks)
-        worst = every[:, jnp.argmin(effective_sample_size(every))]
-        samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
-        return Drawn(fixed, reference, transport, tally, at_probes, worst, slopes, laplace_score, outer, *samples)
+            transport = laplace_transport(along, here, reference, blocks)
+            laplace_score = _laplace_score(along, here, reference, transport)
+
+        def explored() -> tuple:
+            islands, tally, at_probes = weigh_islands(rng_key, uniforms, target, fixed.theta, reference, blocks, x)
+            some = jax.tree.map(lambda v: v[: draws.islands], islands)
+            place = target, fixed.theta, frame, reference, transport, blocks, some, draws, picks
+            slopes = _differentiate(*place) if draws.islands else None
+            outer = _outer_scores(*place) if draws.islands and sandwich else None
+            every = islands.log_weights.reshape(-1, blocks.num_blocks)
+            worst = every[:, jnp.argmin(effective_sample_size(every))]
+            samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
+            return tally, at_probes, worst, slopes, outer, *samples
+
+        explore, shapes = traced_once(explored)
+        nothing = lambda: jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)  # noqa: E731
+        found = lax.cond(wanted, explore, nothing)
+        return Drawn(fixed, reference, transport, laplace_score, *found)
 
     return program
 
@@ -167,17 +179,18 @@ class Tempered(NamedTuple):
     log_weights: Array
 
 
-def temper_program(kernel: InvariantKernel, informing: bool, sandwich: bool) -> Callable[..., Tempered]:
+def temper_program(kernel: InvariantKernel, draws: SlopeDraws, sandwich: bool) -> Callable[..., Tempered]:
     """A program that tempers islands.
 
     Returns:
-        ``(target, rng_keys, uniforms, order, frame, drawn, blocks, missed) -> Tempered``.
+        ``(target, rng_keys, uniforms, picks, order, frame, drawn, blocks, missed) -> Tempered``.
     """
 
     def program(
         target: Target,
         rng_keys: Array,
         uniforms: Array,
+        picks: Array,
         order: Array,
         frame: Array,
         drawn: Drawn,
@@ -188,8 +201,9 @@ def temper_program(kernel: InvariantKernel, informing: bool, sandwich: bool) -> 
         one = lambda v: temper_island(v[0], v[1], target, theta, reference, blocks, missed, kernel)  # noqa: E731
         done = lax.map(one, (rng_keys, uniforms))
         islands = Islands(done.x, jnp.zeros((*done.x.shape[:2], blocks.num_blocks), done.x.dtype))
-        place = target, theta, frame, reference, drawn.transport, blocks, islands
-        slopes, outer = _differentiate(*place) if informing else None, _outer_scores(*place) if sandwich else None
+        place = target, theta, frame, reference, drawn.transport, blocks, islands, draws, picks
+        slopes = _differentiate(*place) if draws.islands else None
+        outer = _outer_scores(*place) if sandwich else None
         samples = _posterior_samples(target, theta, order, blocks, islands)
         free = jnp.zeros((), done.x.dtype)
         about = done.log_evidence, done.acceptance, done.num_unfinished, done.num_ancestors
@@ -201,18 +215,25 @@ def temper_program(kernel: InvariantKernel, informing: bool, sandwich: bool) -> 
 def wide_program(
     kernel: InvariantKernel,
     num_particles: int,
-    informing: bool,
+    draws: SlopeDraws,
     sandwich: bool,
     init_strategy: Callable | None,
 ) -> Callable[..., tuple[Fixed, Tempered]]:
     """A program that tempers islands from the prior, for blocks that are too large for Hessians.
 
     Returns:
-        ``(target, rng_keys, order, params, frame, mode, blocks) -> (Fixed, Tempered)``.
+        ``(target, rng_keys, picks, order, params, frame, mode, blocks) -> (Fixed, Tempered)``.
     """
 
     def program(
-        target: Target, rng_keys: Array, order: Array, params: Params, frame: Array, mode: Array, blocks: Blocks
+        target: Target,
+        rng_keys: Array,
+        picks: Array,
+        order: Array,
+        params: Params,
+        frame: Array,
+        mode: Array,
+        blocks: Blocks,
     ) -> tuple[Fixed, Tempered]:
         fixed = _fixed(target, rng_keys[0], params)
         terms_fn, flat, _ = flat_terms(target, fixed.theta)
@@ -226,8 +247,9 @@ def wide_program(
 
         x, log_evidence, acceptance, num_unfinished, num_ancestors = lax.map(one, rng_keys)
         islands = Islands(x, jnp.zeros((*x.shape[:2], blocks.num_blocks), x.dtype))
-        place = target, fixed.theta, frame, None, None, blocks, islands
-        slopes, outer = _differentiate(*place) if informing else None, _outer_scores(*place) if sandwich else None
+        place = target, fixed.theta, frame, None, None, blocks, islands, draws, picks
+        slopes = _differentiate(*place) if draws.islands else None
+        outer = _outer_scores(*place) if sandwich else None
         samples = _posterior_samples(target, fixed.theta, order, blocks, islands)
         free = -blocks.sum_free_terms(terms_fn(flat, x[0, 0]))
         about = log_evidence, acceptance, num_unfinished, num_ancestors
@@ -292,6 +314,12 @@ def _along(target: Target, theta: Theta, frame: Array) -> tuple[Callable[[Array,
     return lambda u, x: terms_fn(flat + jnp.matmul(frame, u, precision="highest"), x), jnp.zeros_like(flat)
 
 
+def draw_picks(rng: np.random.Generator, draws: SlopeDraws, size: int, num_blocks: int) -> np.ndarray:
+    """[R, n, B] uniforms that pick the draws of islands of ``size`` for derivatives; n = 0 if they take all."""
+    fewer = [num for num in (draws.score, draws.information) if num < size]
+    return rng.uniform(size=(draws.islands, max(fewer, default=0), num_blocks))
+
+
 def _differentiate(
     target: Target,
     theta: Theta,
@@ -300,22 +328,60 @@ def _differentiate(
     transport: Transport | None,
     blocks: Blocks,
     islands: Islands,
+    draws: SlopeDraws,
+    picks: Array,
 ) -> Slopes:
-    along, here = _along(target, theta, frame)
-    moved, volume = _moving(along, here, reference, transport, blocks)
-    volume = jnp.sum(volume, 1)
-    work = target.work(theta)
+    way, work = _way(target, theta, frame, reference, transport, blocks), target.work(theta)
+    some, few = (_picked(islands, picks, num, blocks) for num in (draws.score, draws.information))
 
-    def of_island(island: Islands) -> tuple[Array, Array, Array, Array]:
+    def scores(island: Islands) -> tuple[Array, Array]:
         log_weights = jax.nn.log_softmax(island.log_weights, 0)
-        score, found = louis_information(moved, here, island.x, log_weights, blocks, work)
         coefficients = blocks.to_terms(jnp.exp(log_weights), 1 / island.x.shape[0])
-        energy = lambda u: jnp.sum(coefficients * jax.vmap(lambda x: along(u, x))(island.x))  # noqa: E731
-        information = found.complete - found.missing
-        return score - volume, jax.grad(energy)(here), information, found.complete
+        energy = lambda at: jnp.sum(coefficients * jax.vmap(lambda x: way.terms_fn(at, x))(island.x))  # noqa: E731
+        gradient = jax.grad(energy)(way.here)
+        # Where nothing has moved yet, the gradient in theta alone is that without transport.
+        plain = along_each(way.directions.theta, gradient.theta)
+        return along_each(way.directions, gradient) - jnp.sum(way.volume, 1), plain
 
-    score, plain, information, complete = lax.map(of_island, islands)
+    # Islands of few draws pass together.
+    num = draws.information
+    together = (
+        1 if num == islands.x.shape[1] else max(1, min(draws.islands, int(DIRECTIONS_AT_ONCE_BUDGET / num / work)))
+    )
+
+    def informations(island: Islands) -> tuple[Array, Array]:
+        log_weights = jax.nn.log_softmax(island.log_weights, 0)
+        _, found = louis_information(
+            way.terms_fn, way.here, island.x, log_weights, blocks, together * work, directions=way.directions
+        )
+        return found.complete - found.missing, found.complete
+
+    score, plain = lax.map(scores, some)
+    information, complete = lax.map(informations, few, batch_size=together)
     return Slopes(score, plain, information, complete.mean(0))
+
+
+def _picked(islands: Islands, picks: Array, num: int, blocks: Blocks) -> Islands:
+    """``num`` draws of each island, resampled block by block, with equal weights; all of them as they are if it has no
+    more. Independent draws, not systematic ones: their covariances would be too large.
+    """
+    if num == islands.x.shape[1]:
+        return islands
+
+    def of_island(island: Islands, heights: Array) -> Array:
+        chosen = _resampled(jax.nn.softmax(island.log_weights, 0), heights)
+        return jnp.take_along_axis(island.x, blocks.to_coordinates(chosen), 0)
+
+    x = jax.vmap(of_island)(islands, picks[:, :num])
+    return Islands(x, jnp.zeros((*x.shape[:2], blocks.num_blocks), x.dtype))
+
+
+def _resampled(weights: Array, heights: Array) -> Array:
+    """[S, B] which draws lie at heights [S, B] of the cumulative weights [N, B] of each block."""
+    ends = jnp.cumsum(weights, 0)
+    ends = ends / ends[-1]
+    search = jax.vmap(lambda ends, heights: jnp.searchsorted(ends, heights, side="right"), in_axes=1, out_axes=1)
+    return jnp.minimum(search(ends, heights), weights.shape[0] - 1)
 
 
 def _laplace_score(terms_fn: Callable, flat: Array, reference: Reference, transport: Transport) -> Array:
@@ -327,13 +393,39 @@ def _laplace_score(terms_fn: Callable, flat: Array, reference: Reference, transp
     return at_mode - jnp.sum(transport.log_volume_slopes(), 1)
 
 
-def _moving(
-    along: Callable, here: Array, reference: Reference | None, transport: Transport | None, blocks: Blocks
-) -> tuple[Callable, Array]:
-    """Energy terms at latents that move along, and the slopes of the log volume of each block, [P, B]."""
+class _Way(NamedTuple):
+    """How theta, and the latents along with it, may move.
+
+    Attributes:
+        terms_fn: ``(Moved, x [D]) -> [K]``.
+        here: Where theta is.
+        directions: [P] of them.
+        volume: [P, B] slopes of the log volume of each block.
+    """
+
+    terms_fn: Callable
+    here: Moved
+    directions: Moved
+    volume: Array
+
+
+def _way(
+    target: Target,
+    theta: Theta,
+    frame: Array,
+    reference: Reference | None,
+    transport: Transport | None,
+    blocks: Blocks,
+) -> _Way:
+    terms_fn, flat, _ = flat_terms(target, theta)
+    columns, volume = frame.T, jnp.zeros((frame.shape[1], blocks.num_blocks), frame.dtype)
     if reference is None or transport is None:
-        return along, jnp.zeros((here.shape[0], blocks.num_blocks), here.dtype)
-    return moved_terms(along, here, reference, transport, blocks), transport.log_volume_slopes()
+        none, nowhere = jnp.zeros(0, flat.dtype), jnp.zeros((frame.shape[1], 0), flat.dtype)
+        still = lambda moved, x: terms_fn(moved.theta, x)  # noqa: E731
+        return _Way(still, Moved(flat, none, none), Moved(columns, nowhere, nowhere), volume)
+    here = Moved(flat, jnp.zeros_like(transport.shift[0]), jnp.zeros_like(transport.gain[0]))
+    directions = Moved(columns, transport.shift, transport.gain)
+    return _Way(moved_terms(terms_fn, reference, blocks), here, directions, transport.log_volume_slopes())
 
 
 def _outer_scores(
@@ -344,28 +436,31 @@ def _outer_scores(
     transport: Transport | None,
     blocks: Blocks,
     islands: Islands,
+    draws: SlopeDraws,
+    picks: Array,
 ) -> Array:
     """[P, P] ``sum_u s_u s_u^T`` over the independent units: blocks, and terms that depend on no latent.
 
     The two factors come from different islands, so that their Monte Carlo noise adds no bias.
     """
-    along, here = _along(target, theta, frame)
-    moved, volume = _moving(along, here, reference, transport, blocks)
+    way = _way(target, theta, frame, reference, transport, blocks)
     free = blocks.of_term == blocks.num_blocks
+    # Fewer islands than `_differentiate` has, and one derivative less: that pays for more draws.
+    num = min(draws.score, 4 * draws.information)
 
     def of_island(island: Islands) -> Array:
         weights = jax.nn.softmax(island.log_weights, 0)
 
-        def of_units(direction: Array) -> Array:
-            every = lambda u: jax.vmap(lambda x: moved(u, x))(island.x)  # noqa: E731
-            _, slopes = jax.jvp(every, (here,), (direction,))
+        def of_units(direction: Moved) -> Array:
+            every = lambda at: jax.vmap(lambda x: way.terms_fn(at, x))(island.x)  # noqa: E731
+            _, slopes = jax.jvp(every, (way.here,), (direction,))
             of_blocks = jnp.sum(weights * blocks.sum_terms(slopes), 0)
             return jnp.concatenate([of_blocks, jnp.where(free, slopes[0], 0.0)])
 
-        scores = lax.map(of_units, jnp.eye(here.shape[0], dtype=here.dtype))
-        return scores.at[:, : blocks.num_blocks].add(-volume)
+        scores = lax.map(of_units, way.directions)
+        return scores.at[:, : blocks.num_blocks].add(-way.volume)
 
-    first, second = lax.map(of_island, jax.tree.map(lambda v: v[:2], islands))
+    first, second = lax.map(of_island, jax.tree.map(lambda v: v[:2], _picked(islands, picks, num, blocks)))
     product = jnp.matmul(first, second.T, precision="highest")
     return (product + product.T) / 2
 
@@ -385,10 +480,7 @@ def _posterior_samples(
         strides, shifts = (2 * jnp.floor(order[0] * (num // 2)) + 1).astype(jnp.int32), order[1]
         slots = (jnp.arange(num)[:, None] * strides) % num
         heights = (slots.astype(x.dtype) / num + shifts) % 1
-        ends = jnp.cumsum(jnp.exp(log_weights), 0)
-        ends = ends / ends[-1]
-        search = jax.vmap(lambda ends, heights: jnp.searchsorted(ends, heights, side="right"), in_axes=1, out_axes=1)
-        chosen = jnp.minimum(search(ends, heights), x.shape[0] - 1)
+        chosen = _resampled(jnp.exp(log_weights), heights)
         x = jnp.take_along_axis(x, blocks.to_coordinates(chosen), 0)
         weights = jnp.full(num, -math.log(num), x.dtype)
     return jax.vmap(lambda one: target.constrain_latents(theta, one))(x), weights

@@ -78,20 +78,34 @@ def laplace_transport(
     return Transport(*map(keep, transport))
 
 
+class Moved(NamedTuple):
+    """A theta, and how the latents have moved on the way to it; or, with a leading axis, directions of the two.
+
+    To move along P directions at once would take a sum over all of them in every evaluation.
+
+    Attributes:
+        theta: [P] flat.
+        shift: [B, M] ``alpha . delta``.
+        growth: [B, M, M] ``beta . delta``.
+    """
+
+    theta: Array
+    shift: Array
+    growth: Array
+
+
 def moved_terms(
-    terms_fn: Callable[[Array, Array], Array], theta: Array, reference: Reference, transport: Transport, blocks: Blocks
-) -> Callable[[Array, Array], Array]:
-    """``(delta [P], x [D]) -> [K]``, the energy terms of ``U_{theta + delta}(T_delta(x))``, right to second order.
+    terms_fn: Callable[[Array, Array], Array], reference: Reference, blocks: Blocks
+) -> Callable[[Moved, Array], Array]:
+    """``(Moved, x [D]) -> [K]``, the energy terms of ``U_{theta + delta}(T_delta(x))``, right to second order.
 
     What is missing of ``psi`` is the log volume, which does not depend on x: see `Transport.log_volume_slopes`.
     """
 
-    def terms(delta: Array, x: Array) -> Array:
-        z = reference.to_z(x, blocks)
-        growth = jnp.einsum("p,pbij->bij", delta, transport.gain)
-        once = jnp.einsum("bij,bj->bi", growth, z)
-        twice = jnp.einsum("bij,bj->bi", growth, once)
-        move = jnp.einsum("p,pbi->bi", delta, transport.shift) + once + twice / 2
-        return terms_fn(theta + delta, x + blocks.scatter(jnp.einsum("bij,bj->bi", reference.factor, move)))
+    def terms(moved: Moved, x: Array) -> Array:
+        once = jnp.einsum("bij,bj->bi", moved.growth, reference.to_z(x, blocks))
+        twice = jnp.einsum("bij,bj->bi", moved.growth, once)
+        move = moved.shift + once + twice / 2
+        return terms_fn(moved.theta, x + blocks.scatter(jnp.einsum("bij,bj->bi", reference.factor, move)))
 
     return terms
