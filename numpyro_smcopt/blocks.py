@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
         members: [B, M] coordinates of each block, padded with D.
         slots: [D] where each coordinate stands in the flattened ``members``.
         terms: [B, S] terms of each block, padded with K; S = 0 if the blocks are too large for a table.
-        table_of_sums: ``terms`` of `of_sums`.
+        table_of_sums: ``terms`` of `of_sums`, where terms are added up.
         sums: How terms may be added up.
     """
 
@@ -52,15 +52,16 @@ class Blocks(NamedTuple):
     members: Array
     slots: Array
     terms: Array
-    table_of_sums: Array
+    table_of_sums: Array | None = None
     sums: Sums = NO_SUMS
 
     @property
     def of_sums(self) -> "Blocks":
         """The same partition with `sums` of energy terms in the place of the terms."""
-        if not self.sums.sites:
+        if self.table_of_sums is None:
             return self
-        return self._replace(of_term=self.sums.owners(self.of_term), terms=self.table_of_sums, sums=NO_SUMS)
+        owners = self.sums.owners(self.of_term)
+        return self._replace(of_term=owners, terms=self.table_of_sums, table_of_sums=None, sums=NO_SUMS)
 
     @property
     def num_blocks(self) -> int:
@@ -313,8 +314,8 @@ def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:
     slots = np.empty(len(of_coordinate), int)
     filled = members < len(of_coordinate)
     slots[members[filled]] = np.flatnonzero(filled)
-    table = _on_device(terms)
-    return Blocks(_on_device(of_coordinate), _on_device(of_term), _on_device(members), _on_device(slots), table, table)
+    tables: Any = map(_on_device, (of_coordinate, of_term, members, slots, terms))
+    return Blocks(*tables)
 
 
 def _on_device(table: np.ndarray) -> Array:

@@ -91,9 +91,10 @@ def _rehearsed(algorithm: Algorithm, plan: Plan, saved: Saved) -> Any:
     arrays, static = plan.arrays, plan.static
     rng_key = saved.arrays["['state'].rng_key"]
     rng_key = rng_key if plan.num_runs == 1 else rng_key[0]
-    fields: Any = [jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in Blocks._fields[:-1]]
+    found = ("of_coordinate", "of_term", "members", "slots", "terms")
+    fields: Any = {name: jnp.asarray(saved.arrays[f"['state'].blocks.{name}"]) for name in found}
     target = algorithm._target(arrays, static)
-    blocks = add_up(Blocks(*fields), target.sites.term_shapes)
+    blocks = add_up(Blocks(**fields), target.sites.term_shapes)
     theta = _theta(algorithm, arrays, static, rng_key)
     start = Rehearsal(algorithm._program, static, arrays, target, theta, blocks=blocks)
     state = algorithm._begin(rng_key, start)
