@@ -12,8 +12,10 @@ precision, whichever is larger.
 """
 
 import argparse
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +25,11 @@ import numpyro.distributions as dist
 from jax import random
 from numpyro.infer.util import log_density
 from scipy import stats
-from scipy.special import logsumexp
 
 from numpyro_smcopt import log_evidence
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from evidence_problems import cauchy_prior, exact_cauchy, exact_regression, regression
 
 try:
     import blackjax
@@ -36,29 +40,6 @@ except ImportError:
 
 NUM_PARTICLES = 1000
 STEP_SIZE, NUM_LEAPFROG, NUM_MOVES = 0.3, 8, 5  # of blackjax, in units of the particles' spread
-
-
-def regression(x, y, location, scale):
-    w = numpyro.sample("w", dist.Normal(location, scale).expand([x.shape[1]]).to_event(1))
-    with numpyro.plate("data", len(y)):
-        numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
-
-
-def exact_regression(x, y, location, scale):
-    mean = x @ np.full(x.shape[1], location)
-    return stats.multivariate_normal(mean, scale**2 * x @ x.T + np.eye(len(y))).logpdf(y)
-
-
-def cauchy_prior(y):
-    w = numpyro.sample("w", dist.Cauchy(-5.0, 1.0))
-    with numpyro.plate("data", len(y)):
-        numpyro.sample("y", dist.Normal(w, 1.0), obs=y)
-
-
-def exact_cauchy(y):
-    grid = np.linspace(-20.0, 30.0, 500_001)
-    logs = stats.cauchy(-5.0, 1.0).logpdf(grid) + stats.norm(grid[:, None], 1.0).logpdf(y).sum(1)
-    return logsumexp(logs) + np.log(grid[1] - grid[0])
 
 
 def two_modes(y, sd):

@@ -10,8 +10,10 @@ likelihood lost, and the effective sample size as a fraction of the particles (o
 """
 
 import argparse
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import numpyro
@@ -20,6 +22,9 @@ from jax import random
 from numpyro.distributions import constraints
 
 from numpyro_smcopt import SMCOptimizer, find_blocks, one_block
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from oracles import random_intercepts_fit, random_intercepts_log_likelihood
 
 TRUTH = {"mean": 2.0, "sd": 1.5, "sigma": 1.0}
 
@@ -34,28 +39,6 @@ def model(y):
             numpyro.sample("y", dist.Normal(x, sigma), obs=y)
 
 
-def log_likelihood(y, mean, sd, sigma):
-    m, n = y.shape
-    within, between = np.sum((y - y.mean(0)) ** 2), m * np.sum((y.mean(0) - mean) ** 2)
-    total = sigma**2 + m * sd**2
-    log_det = n * ((m - 1) * np.log(sigma**2) + np.log(total))
-    return -(log_det + within / sigma**2 + between / total + m * n * np.log(2 * np.pi)) / 2
-
-
-def maximum(y):
-    """The maximum and its standard errors, from the two mean squares."""
-    m, n = y.shape
-    mean, sigma2 = y.mean(), np.sum((y - y.mean(0)) ** 2) / (n * (m - 1))
-    between = m * np.mean((y.mean(0) - mean) ** 2)
-    sd, sigma = np.sqrt((between - sigma2) / m), np.sqrt(sigma2)
-    errors = {
-        "mean": np.sqrt(between / (m * n)),
-        "sd": np.sqrt(2 * (between**2 / n + sigma2**2 / (n * (m - 1)))) / m / (2 * sd),
-        "sigma": sigma / np.sqrt(2 * n * (m - 1)),
-    }
-    return {"mean": mean, "sd": sd, "sigma": sigma}, errors
-
-
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,8 +49,8 @@ def main():
     rng = np.random.default_rng(0)
     groups = rng.normal(TRUTH["mean"], TRUTH["sd"], args.groups)
     y = rng.normal(groups, TRUTH["sigma"], (args.members, args.groups))
-    exact, errors = maximum(y)
-    best, data = log_likelihood(y, **exact), y.astype(np.float32)
+    exact, errors = random_intercepts_fit(y)
+    best, data = random_intercepts_log_likelihood(y, **exact), y.astype(np.float32)
     print(f"{'partition':<12}{'blocks':>8}" + "".join(f"{'z ' + name:>9}" for name in exact), end="")
     print(f"{'nats lost':>11}{'ESS worst':>11}{'ESS mean':>10}{'seconds':>9}")
     for partition in (find_blocks, one_block):
@@ -81,7 +64,7 @@ def main():
         scores = [(found[name] - exact[name]) / errors[name] for name in exact]
         print(f"{partition.__name__:<12}{result.state.blocks.num_blocks:>8}", end="")
         print("".join(f"{score:>9.3f}" for score in scores), end="")
-        lost = best - log_likelihood(y, **found)
+        lost = best - random_intercepts_log_likelihood(y, **found)
         print(f"{lost:>11.4f}{worst:>11.3f}{mean:>10.3f}{seconds:>9.1f}", flush=True)
 
 

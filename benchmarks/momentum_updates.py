@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """Time of one update of `MomentumParticleMLE` over the bare pair of gradients that it needs.
 
     python benchmarks/momentum_updates.py [--repeats 5] [--steps 40]
@@ -13,26 +15,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
-from numpyro.distributions import constraints
+from updates import model
 
 from numpyro_smcopt import MomentumParticleMLE, one_block
 from numpyro_smcopt.target import make_target
 
 NUM_PARTICLES = (10, 100, 1_000, 10_000)
 NUM_LATENTS = (10, 100)
-
-
-def model(y):
-    """Heavy-tailed observations of normal latents: some arithmetic per latent, as in a real model."""
-    mean = numpyro.param("mean", 0.0)
-    scale = numpyro.param("scale", 1.0, constraint=constraints.positive)
-    with numpyro.plate("data", len(y)):
-        x = numpyro.sample("x", dist.Normal(mean, scale))
-        numpyro.sample("y", dist.StudentT(4.0, x, 1.0), obs=y)
 
 
 def pair(y, x, theta, steps):

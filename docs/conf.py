@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of Sphinx; the site is built by `make docs`, offline, with warnings as errors."""
 
 import importlib.metadata

@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """What the examples share: their options, the table that they print and the figure that they draw."""
 
 import argparse

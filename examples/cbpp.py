@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """A generalised linear mixed model: binomial counts with a random effect per herd, against lme4.
 
 New cases of contagious bovine pleuropneumonia in 15 Ethiopian herds over four periods (Lesnoff et al. 2004; lme4's

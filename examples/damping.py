@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """Momentum in maximum marginal likelihood: three regimes of damping, with and without the gradient correction.
 
 The toy of Lim, Kuntz, Power and Johansen (ICML 2024): 100 observations y_i ~ Normal(x_i, 1) of latents
@@ -112,55 +114,82 @@ def describe(name, theta, variance, mean):
         last = outside[-1] + 2 if len(outside) else 1
         cells.append("-" if last > len(theta) else str(last))
     tail = theta[len(theta) // 2 :].mean() - mean
-    print(f"{name:<48}" + "".join(f"{cell:>7}" for cell in cells) + f"{variance:>8.3f}{tail:>10.4f}")
+    print(f"{name:<48}" + "".join(f"{cell:>7}" for cell in cells) + f"{variance:>8.3f}{tail:>10.4f}", flush=True)
+
+
+def at_equal_nominal_steps(y, num_steps, regimes):
+    """Print their rows; the paths of theta."""
+    print("equal nominal steps (1e-4 and 1e-2)")
+    settings = {"PGD": plain(1e-4, 1e-2)}
+    for name in regimes:
+        settings[name] = friction(REGIMES[name])
+        settings[f"{name}, uncorrected"] = friction(REGIMES[name]) | {"scheme": uncorrected}
+    paths = {}
+    for name, numbers in settings.items():
+        paths[name], variance = fit(y, num_steps, **numbers)
+        title = f"  MPGD, gamma {REGIMES[name]:g}: {name}" if name in regimes else "    without gradient correction"
+        describe("  PGD" if name == "PGD" else title, paths[name], variance, y.mean())
+    return paths
+
+
+def at_equal_effective_steps(y, num_steps):
+    """Print their rows."""
+    print("equal effective steps (1e-3 and 0.1)")
+    describe("  PGD", *fit(y, num_steps, **plain(1e-3, 0.1)), y.mean())
+    describe("  MPGD, gamma 0.1", *fit(y, num_steps, **friction(0.1)), y.mean())
+
+
+def at_their_best(y, num_steps, criterion):
+    """Print the settings of both methods that are best by a criterion, and their rows."""
+    of_plain, best_plain, of_momentum, best_momentum = tuned(criterion)
+    if criterion is rate:
+        says, ratio = "{:.3f} a step", np.log(best_momentum) / np.log(best_plain)
+    else:
+        says, ratio = "{:.1f} without noise", best_plain / best_momentum
+    describe(f"  PGD, {says.format(best_plain)}", *fit(y, num_steps, **of_plain), y.mean())
+    describe(f"  MPGD, {says.format(best_momentum)}", *fit(y, num_steps, **of_momentum), y.mean())
+    print(f"  iterations of PGD over those of MPGD, without noise: {ratio:.2f}")
+
+
+def draw(paths, regimes, mean, path):
+    """The paths of theta, a panel per regime."""
+    size = 3.2 * len(regimes) + 1.4, 3.4
+    figure, panels = plt.subplots(1, len(regimes), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axes, name in zip(panels[0], regimes, strict=True):
+        axes.axhline(mean, color="0.6", linewidth=1)
+        axes.plot(paths["PGD"], color="0.35", linestyle=":", label="PGD")
+        axes.plot(paths[f"{name}, uncorrected"], color="tab:orange", label="without gradient correction")
+        axes.plot(paths[name], color="tab:blue", linestyle="--", label="with gradient correction")
+        axes.set(title=f"{name} (gamma = {REGIMES[name]:g})", xlabel="iteration")
+    panels[0, 0].set_ylabel("theta")
+    panels[0, -1].legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    print(f"\nFigure: {path}")
 
 
 def main():
     """Print the table, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--regimes", choices=REGIMES, nargs="+", default=list(REGIMES))
+    parser.add_argument("--only-nominal", action="store_true", help="leave out all other steps than those of the paper")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "damping.png")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="The unadjusted moves inflate")  # that is a column of the table
     rng = np.random.default_rng(0)
     y = (TRUTH + np.sqrt(2) * rng.standard_normal(NUM_DATA)).astype(np.float32)
-    mean, paths = y.mean(), {}
 
     print(f"{'':<48}{'< 5':>7}{'< 1':>7}{'< 0.2':>7}{'Var x':>8}{'tail':>10}")
-    print("equal nominal steps (1e-4 and 1e-2)")
-    paths["PGD"], variance = fit(y, args.num_steps, **plain(1e-4, 1e-2))
-    describe("  PGD", paths["PGD"], variance, mean)
-    for name, gamma in REGIMES.items():
-        paths[name], variance = fit(y, args.num_steps, **friction(gamma))
-        describe(f"  MPGD, gamma {gamma:g}: {name}", paths[name], variance, mean)
-        paths[name, "uncorrected"], variance = fit(y, args.num_steps, **friction(gamma), scheme=uncorrected)
-        describe("    without gradient correction", paths[name, "uncorrected"], variance, mean)
-    print("equal effective steps (1e-3 and 0.1)")
-    describe("  PGD", *fit(y, args.num_steps, **plain(1e-3, 0.1)), mean)
-    describe("  MPGD, gamma 0.1", *fit(y, args.num_steps, **friction(0.1)), mean)
-    print("both at their best in the long run with a variance that is 10 % too large")
-    of_plain, plain_rate, of_momentum, momentum_rate = tuned(rate)
-    describe(f"  PGD, {plain_rate:.3f} a step", *fit(y, args.num_steps, **of_plain), mean)
-    describe(f"  MPGD, {momentum_rate:.3f} a step", *fit(y, args.num_steps, **of_momentum), mean)
-    print(f"  iterations of PGD over those of MPGD, from the rates: {np.log(momentum_rate) / np.log(plain_rate):.2f}")
-    print("both at their best for staying within 1 soon, with the same variance")
-    of_plain, plain_arrival, of_momentum, momentum_arrival = tuned(arrival)
-    describe(f"  PGD, {plain_arrival:.1f} without noise", *fit(y, args.num_steps, **of_plain), mean)
-    describe(f"  MPGD, {momentum_arrival:.1f} without noise", *fit(y, args.num_steps, **of_momentum), mean)
-    print(f"  iterations of PGD over those of MPGD, without noise: {plain_arrival / momentum_arrival:.2f}")
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
-    for axis, (name, gamma) in zip(axes, REGIMES.items(), strict=True):
-        axis.axhline(mean, color="0.6", linewidth=1)
-        axis.plot(paths["PGD"], color="0.35", linestyle=":", label="PGD")
-        axis.plot(paths[name, "uncorrected"], color="tab:orange", label="without gradient correction")
-        axis.plot(paths[name], color="tab:blue", linestyle="--", label="with gradient correction")
-        axis.set(title=f"{name} (gamma = {gamma:g})", xlabel="iteration")
-    axes[0].set_ylabel("theta")
-    axes[2].legend(frameon=False, loc="lower right")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
-    print(f"\nFigure: {args.output}")
+    paths = at_equal_nominal_steps(y, args.num_steps, args.regimes)
+    if not args.only_nominal:
+        at_equal_effective_steps(y, args.num_steps)
+        print("both at their best in the long run, with a variance that is 10 % too large")
+        at_their_best(y, args.num_steps, rate)
+        print("both at their best for staying within 1 soon, with the same variance")
+        at_their_best(y, args.num_steps, arrival)
+    draw(paths, args.regimes, y.mean(), args.output)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """A denoising diffusion of handwritten digits, tuned to draw them brighter or darker.
 
 A small network is pretrained on the 8x8 digits of scikit-learn by denoising score matching. `ImplicitDiffusion` then

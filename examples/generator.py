@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """A generator of images, trained by momentum, gradient descent, short chains and a variational autoencoder.
 
 scikit-learn's digits: 1797 images of 8 x 8 pixels between 0 and 1, the last 297 of them (after shuffling) held out.

@@ -111,7 +111,7 @@ def draw_paths(axis, direction, best, paths):
         of_axis.set_ticks([tick for tick in TICKS if bounds[0] < tick < bounds[-1]], minor=False)
         of_axis.set_major_formatter("{x:g}")
     axis.set(title=f"paths, {direction} divergence", xlabel="log odds of 1", ylabel="log odds of 2")
-    axis.legend(frameon=False, loc="best", fontsize=8)
+    axis.legend(loc="lower left", fontsize=8)
 
 
 def main():
@@ -139,7 +139,7 @@ def main():
         if direction == args.divergences[0]:
             draw_density(axes[1], rows[args.algorithms[0]], f"after, {direction} divergence")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=72)
+    figure.savefig(args.output, dpi=90)
     plt.close(figure)
     print(f"\nFigure: {args.output}")
 

@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """Quickstart: a linear mixed model with correlated random intercepts and slopes, against lme4.
 
 Reaction times of 18 drivers over ten days of sleep restriction (Belenky et al. 2003; lme4's `sleepstudy`). Subject s

@@ -13,7 +13,7 @@ Map of the package, from the top down:
     comparison       models beside one another, likelihood-ratio tests
     evidence         log marginal likelihood of any model
     handlers         what steers updates from outside: control, adaptation of step sizes, limits of theta
-    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion; base, start, particles: what they share
+    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion, and what they share (from `base` down)
     samplers/        where the samples of ImplicitDiffusion come from
     reporting/       standard errors, intervals, log evidence, samples of a fit
     laplace          modes and curvatures of the latents, the warm start of theta
@@ -35,6 +35,8 @@ Map of the package, from the top down:
     noise            random numbers of a whole cloud at once
     weights          weights, effective sample size, log evidence
     blocks           groups of independent latents
+    sums             energy terms added up where they are made
+    branching        what a program does now and then
     traces           functions that are traced once
     types            the glossary
 """

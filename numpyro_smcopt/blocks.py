@@ -12,7 +12,7 @@ several are tried and their union is taken. A wrong block would bias the answer 
 whole partition with a few directional derivatives, whenever data have changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
+from numpyro_smcopt.sums import NO_SUMS, Sums, find_sums
 from numpyro_smcopt.types import Array
 
 PROBE_MASKS = 32  # sets of coordinates that are disturbed per compiled call
@@ -42,6 +43,8 @@ class Blocks(NamedTuple):
         members: [B, M] coordinates of each block, padded with D.
         slots: [D] where each coordinate stands in the flattened ``members``.
         terms: [B, S] terms of each block, padded with K; S = 0 if the blocks are too large for a table.
+        table_of_sums: ``terms`` of `of_sums`, where terms are added up.
+        sums: How terms may be added up.
     """
 
     of_coordinate: Array
@@ -49,6 +52,16 @@ class Blocks(NamedTuple):
     members: Array
     slots: Array
     terms: Array
+    table_of_sums: Array | None = None
+    sums: Sums = NO_SUMS
+
+    @property
+    def of_sums(self) -> "Blocks":
+        """The same partition with `sums` of energy terms in the place of the terms."""
+        if self.table_of_sums is None:
+            return self
+        owners = self.sums.owners(self.of_term)
+        return self._replace(of_term=owners, terms=self.table_of_sums, table_of_sums=None, sums=NO_SUMS)
 
     @property
     def num_blocks(self) -> int:
@@ -282,16 +295,39 @@ def _decode_units(react: _Prober, units: np.ndarray, num_terms: int) -> np.ndarr
     return np.where(free, num_units, unit)
 
 
+def add_up(blocks: Blocks, shapes: Sequence[tuple[int, ...]]) -> Blocks:
+    """The partition with what can be added up.
+
+    Args:
+        blocks: A partition, not traced.
+        shapes: Of the sites' terms, in order.
+    """
+    of_term = np.asarray(blocks.of_term)
+    sums = find_sums(of_term, shapes, blocks.num_blocks)
+    table = _table_of_terms(sums.owners(of_term), blocks.num_blocks)
+    return blocks._replace(table_of_sums=_on_device(table), sums=sums)
+
+
 def _blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:
     members = _table(of_coordinate, num, len(of_coordinate))
-    terms = _table(of_term, num, len(of_term))
-    if num == 1 or terms.shape[1] > TABLE_WIDTH_LIMIT or terms.size > 3 * max(len(of_term), 1):
-        terms = np.zeros((num, 0), int)
+    terms = _table_of_terms(of_term, num)
     slots = np.empty(len(of_coordinate), int)
     filled = members < len(of_coordinate)
     slots[members[filled]] = np.flatnonzero(filled)
-    tables = (of_coordinate, of_term, members, slots, terms)
-    return Blocks(*(jax.device_put(np.asarray(table, np.int32)) for table in tables))
+    tables: Any = map(_on_device, (of_coordinate, of_term, members, slots, terms))
+    return Blocks(*tables)
+
+
+def _on_device(table: np.ndarray) -> Array:
+    return jax.device_put(np.asarray(table, np.int32))
+
+
+def _table_of_terms(of_term: np.ndarray, num: int) -> np.ndarray:
+    """See `Blocks.terms`."""
+    terms = _table(of_term, num, len(of_term))
+    if num == 1 or terms.shape[1] > TABLE_WIDTH_LIMIT or terms.size > 3 * max(len(of_term), 1):
+        return np.zeros((num, 0), int)
+    return terms
 
 
 def _table(owner: np.ndarray, num: int, fill: int) -> np.ndarray:

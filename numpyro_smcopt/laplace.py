@@ -5,12 +5,14 @@
     pi_theta(x) ~ N(x_hat, H^-1),    x_hat = argmin U_theta,    H = d2U/dx2 (x_hat)
     -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi) =: L(theta)
     dL/dtheta ~ E[ dU/dtheta (x_hat + delta + z) ],    z ~ N(0, H^-1),    delta = -H^-1 E[ dU/dx (x_hat + z) ]
+    L_w(theta) = L(theta) - log E[ w ],    w = exp(U_theta(x_hat) - U_theta(x_hat + z) + z^T H z / 2), block by block
 
 Blocks make it cheap: the Hessians of all blocks come from as many Hessian-vector products as the largest block has
 coordinates, and modes are found by one damped Newton iteration per block, all at once.
 
 The warm start walks to the neighbourhood of the maximum with the step of `theta_step`, the particles being draws from
-the approximation, and ``L`` deciding how far to go. The draws are centred at the mean of the latents rather than at
+the approximation, and ``L_w`` deciding how far to go: with few observations per latent, ``L`` alone may be tens of nats
+off, and lower at the end of a scale than it should be. The draws are centred at the mean of the latents rather than at
 their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``L``, and a step
 downhill. It costs no accuracy (the particles have the last word) and makes far starting points harmless.
 
@@ -47,7 +49,7 @@ GROWS_FROM, SHRINKS_BELOW = 0.6, 0.2  # of the gain that the slope promised; hal
 DAMPING = 0.1  # of scales, relative to the complete information
 GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take over
 STEEP = 0.5  # nats that say that there is no plateau in a direction
-LOOKS = (1.0, 2.0, 4.0, 8.0)  # how far, in units of a log or logit scale
+LOOKS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # how far, in units of a log or logit scale
 WORTH_A_JUMP = 0.003  # nats
 MOST_LOOKS = 60
 
@@ -188,12 +190,14 @@ class Expansion(NamedTuple):
     Attributes:
         mode: The mode of the latents.
         half_log_det: [] ``1/2 log det H``.
+        log_mean: [] log of the mean importance weight of draws from the approximation, which is zero where it is exact.
         gradient: [P] expected gradient under the approximation.
         information: Complete and missing information under the approximation.
     """
 
     mode: Mode
     half_log_det: Array
+    log_mean: Array
     gradient: Array
     information: Information
 
@@ -214,22 +218,37 @@ def expand(
     mode = find_mode(lambda one: terms_fn(theta, one), x, blocks)
     factor, _, half_log_det = factors(mode.hessian)
     draws = mode.x + blocks.scatter(jnp.einsum("bij,nbj->nbi", factor, blocks.gather(normals, 0.0)))
-    draws = draws + _skewness_shift(lambda one: terms_fn(theta, one), draws, factor, blocks)
+    shift, log_means = _skewness_shift(lambda one: terms_fn(theta, one), draws, normals, mode, factor, blocks)
+    draws = draws + shift
     log_weights = jnp.full((draws.shape[0], blocks.num_blocks), -np.log(draws.shape[0]), draws.dtype)
     gradient, information = louis_information(terms_fn, theta, draws, log_weights, blocks, work, matched=True)
     if not _can_match(normals.shape[0], blocks):
         correction = _linear_correction(terms_fn, theta, mode.x, factor, normals, blocks)
         information = information._replace(missing=information.missing + correction)
-    return Expansion(mode, jnp.sum(half_log_det), gradient, information)
+    return Expansion(mode, jnp.sum(half_log_det), jnp.sum(log_means), gradient, information)
 
 
-def _skewness_shift(terms_fn: Callable[[Array], Array], draws: Array, factor: Array, blocks: Blocks) -> Array:
-    """[D] from the mode to the mean of the latents: a Newton step for ``E[dU/dx] = 0``; zero if they are Gaussian."""
-    gradient = jnp.mean(jax.vmap(jax.grad(lambda x: jnp.sum(terms_fn(x))))(draws), 0)
-    whitened = jnp.einsum("bij,bi->bj", factor, blocks.gather(gradient, 0.0))  # in posterior standard deviations
+def _skewness_shift(
+    terms_fn: Callable[[Array], Array], draws: Array, normals: Array, mode: Mode, factor: Array, blocks: Blocks
+) -> tuple[Array, Array]:
+    """Two corrections for what is not Gaussian, from draws [N, D] of the approximation.
+
+    Returns:
+        [D] from the mode to the mean of the latents: a Newton step for ``E[dU/dx] = 0``; zero if they are Gaussian.
+        [B] log evidence beside that of the approximation, by importance weights.
+    """
+
+    def energy_and_terms(x: Array) -> tuple[Array, Array]:
+        terms = terms_fn(x)
+        return jnp.sum(terms), terms
+
+    gradients, terms = jax.vmap(jax.grad(energy_and_terms, has_aux=True))(draws)
+    whitened = jnp.einsum("bij,bi->bj", factor, blocks.gather(gradients.mean(0), 0.0))  # in posterior deviations
     longest = jnp.max(jnp.abs(whitened), -1, keepdims=True)
     whitened = jnp.where(jnp.isfinite(longest), whitened / jnp.maximum(longest, 1.0), 0.0)
-    return -blocks.scatter(jnp.einsum("bij,bj->bi", factor, whitened))
+    shift = -blocks.scatter(jnp.einsum("bij,bj->bi", factor, whitened))
+    log_weights = blocks.sum_coordinates(normals**2) / 2 - blocks.sum_terms(terms - mode.terms)
+    return shift, jax.scipy.special.logsumexp(log_weights, 0) - np.log(draws.shape[0])
 
 
 def _linear_correction(
@@ -353,33 +372,47 @@ class _Walk:
         observed = (complete - missing) / np.maximum(np.abs(complete), 1e-30)
         gone = False
         for j in np.argsort(observed)[self.bounded[np.argsort(observed)]]:
-            downhill = np.zeros(len(self.theta), self.theta.dtype)
-            downhill[j] = -1.0 if self.here.gradient[j] > 0 else 1.0
-            gone |= self._look_along(downhill) or self._look_along(-downhill)
+            downhill = -1.0 if self.here.gradient[j] > 0 else 1.0
+            gone |= self._look_along(j, downhill) or self._look_along(j, -downhill)
         return gone
 
-    def _look_along(self, direction: np.ndarray) -> bool:
-        """Go to the lowest place found along a direction, if it is worth it."""
-        best: tuple[float, float, Any] = (-WORTH_A_JUMP, 0.0, None)
+    def _look_along(self, j: int, sign: float) -> bool:
+        """Go to the lowest place found along a scale, if it is worth it; the other coordinates follow.
+
+        Where the mean of latents grows with their scale, a location has to give way before a larger scale is better.
+        """
+        lowest: tuple[float, np.ndarray, Any] = (-WORTH_A_JUMP, np.zeros(0), None)
+        unit, others = sign * (np.arange(len(self.theta)) == j), np.zeros(len(self.theta))
         for length in LOOKS:
             if self.looks >= MOST_LOOKS:
                 break
-            there, change = self._look(length * direction)
+            step = length * unit + others
+            there, change = self._look(step)
             self.looks += 1
-            if change < best[0] - (WORTH_A_JUMP / 3 if best[1] else 0.0):
-                best = (change, length, there)
-            elif best[1] > 0 or change > STEEP:
+            if np.isfinite(change):
+                follow = self._no_longer(_direction(there, self.bounded, held=j))
+                gain = -float(follow @ there.gradient)
+                if gain > WORTH_A_JUMP and change - gain < STEEP:
+                    beside, changed = self._look(step + follow)
+                    self.looks += 1
+                    if changed < change:
+                        step, there, change, others = step + follow, beside, changed, others + follow
+            # Further away by less than a third of what is worth a jump is not lower.
+            if change < lowest[0] - (WORTH_A_JUMP / 3 if lowest[2] is not None else 0.0):
+                lowest = (change, step, there)
+            if not change < STEEP:
                 break
-        if best[1] > 0:
-            self._go(best[1] * direction, best[2])
-        return best[1] > 0
+        if lowest[2] is not None:
+            self._go(*lowest[1:])
+        return lowest[2] is not None
 
     def _look(self, step: np.ndarray) -> tuple[Expansion, float]:
-        """The expansion after a step, and the change of ``L``; infinite where there is no usable one."""
+        """The expansion after a step, and the change of ``L_w``; infinite where there is no usable one."""
         theta = np.asarray(self.theta + step, self.theta.dtype)
         there, here = jax.device_get(self.expand_fn(theta, self.here.mode.x)), self.here
         # The terms are subtracted first: totals of a million observations would cancel.
         change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
+        change -= there.log_mean - here.log_mean
         return there, float(change) if _usable(there) else np.inf
 
     def _go(self, step: np.ndarray, there: Expansion) -> None:
@@ -387,16 +420,17 @@ class _Walk:
 
 
 def _usable(expansion: Expansion) -> bool:
-    numbers = (expansion.mode.terms, expansion.half_log_det, expansion.gradient, *expansion.information)
+    numbers = (expansion.mode.terms, *expansion[1:4], *expansion.information)
     return bool(expansion.mode.step < 100 * NEWTON_TOLERANCE) and all(np.all(np.isfinite(v)) for v in numbers)
 
 
-def _direction(here: Expansion, bounded: np.ndarray) -> np.ndarray:
+def _direction(here: Expansion, bounded: np.ndarray, held: int | None = None) -> np.ndarray:
+    """[P] a Newton step of all coordinates, or of all but one."""
     # On the host and in double precision: a handful of small matrices is not worth a program.
     complete, missing = (np.asarray(v, float) for v in here.information[:2])
     diagonal = np.maximum(np.abs(np.diag(complete)), 1e-30)
     # What is missing on scales is only known up to noise: damp them.
-    scale = 1 / np.sqrt(diagonal)
+    scale = np.where(np.arange(len(diagonal)) == held, 0.0, 1 / np.sqrt(diagonal))
     observed = (complete - missing + np.diag(DAMPING * bounded * diagonal)) * scale[:, None] * scale
     values, vectors = np.linalg.eigh(observed)
     floored = np.maximum(np.abs(values), SMALLEST_EIGENVALUE)

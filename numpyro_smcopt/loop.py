@@ -21,7 +21,7 @@ from numpyro_smcopt.results import Status
 from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array
 
-CHUNK = 50  # updates at most
+CHUNK = 100  # updates at most
 SECONDS_PER_CHUNK = 0.5
 
 UpdateFn = Callable[[Any], tuple[Any, Any]]

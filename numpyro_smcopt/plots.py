@@ -102,7 +102,7 @@ def plot_params(
             value = np.asarray(reference[name])[index]
             axes.axhline(value, color="black", linestyle=(0, (4, 4)), linewidth=1, label=label)
         axes.set_ylabel(title, rotation=0, ha="right", va="center")
-    if strips[0].get_legend_handles_labels()[0]:
+    if len(strips[0].get_legend_handles_labels()[0]) > 1:  # one line needs no name
         strips[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize="small")
     strips[-1].set_xlabel("iteration")
     figure.align_ylabels(strips)

@@ -7,6 +7,7 @@ One letter, one meaning, in every docstring:
     N   particles                      n, m   index of a particle
     D   latent coordinates (unconstrained) of one particle
     K   energy terms: one per site and batch element, log-Jacobians included
+    F   sums of energy terms, each within one site and block
     B   blocks of latents that are independent given theta
     M   coordinates of the largest block
     P   coordinates of theta (unconstrained)

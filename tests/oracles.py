@@ -32,6 +32,30 @@ def balanced_groups(y, group_variance, noise_variance):
     return mean, np.sqrt(spread / num_groups), log_likelihood, effects, shrinkage * noise_variance / size
 
 
+def random_intercepts_log_likelihood(y, mean, sd, sigma):
+    """Log likelihood of ``y_jg ~ N(mean + b_g, sigma^2)``, ``b_g ~ N(0, sd^2)``, for observations [J, G]."""
+    size, groups = y.shape
+    within, between = np.sum((y - y.mean(0)) ** 2), size * np.sum((y.mean(0) - mean) ** 2)
+    total = sigma**2 + size * sd**2
+    log_det = groups * ((size - 1) * np.log(sigma**2) + np.log(total))
+    return -(log_det + within / sigma**2 + between / total + y.size * np.log(2 * np.pi)) / 2
+
+
+def random_intercepts_fit(y):
+    """Estimates ``{name: value}`` for such data and their standard errors, from two mean squares; for ``sd > 0``."""
+    size, groups = y.shape
+    noise = np.sum((y - y.mean(0)) ** 2) / (groups * (size - 1))
+    total = size * np.mean((y.mean(0) - y.mean()) ** 2)
+    sd, sigma = np.sqrt((total - noise) / size), np.sqrt(noise)
+    # From the chi-squared laws of the mean squares
+    errors = {
+        "mean": np.sqrt(total / y.size),
+        "sd": np.sqrt(2 * (total**2 / groups + noise**2 / (groups * (size - 1)))) / size / (2 * sd),
+        "sigma": sigma / np.sqrt(2 * groups * (size - 1)),
+    }
+    return {"mean": y.mean(), "sd": sd, "sigma": sigma}, errors
+
+
 def normal_fit(y):
     """Maximum likelihood estimates of mean and standard deviation, and the log likelihood there."""
     y = np.asarray(y, float)

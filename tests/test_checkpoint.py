@@ -19,8 +19,10 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from models import normal
 
 from numpyro_smcopt import EarlyStop, SMCOptimizer, Status
+from numpyro_smcopt.algorithms import running
 from numpyro_smcopt.checkpoint import load, restore, save
 from numpyro_smcopt.handlers import adapt_step_size
 from numpyro_smcopt.kernels import MALA, RandomWalk
@@ -159,13 +161,6 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
 SMALL = np.array([1.0, 2.0, 4.5], np.float32)
 
 
-def normal(y):
-    mean = numpyro.param("mean", 0.0)
-    with numpyro.plate("data", len(y)):
-        x = numpyro.sample("x", dist.Normal(mean, 1.0))
-        numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
-
-
 def optimizer():
     return SMCOptimizer(normal, optax.adam(0.05), kernel=RandomWalk(), num_particles=16)
 
@@ -239,6 +234,7 @@ class Impatient:
 def test_an_interrupted_run_returns_what_it_has_and_can_be_resumed(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
         patch.setattr("numpyro_smcopt.loop.ProgressBar", Impatient)
+        patch.setattr("numpyro_smcopt.loop.CHUNK", 50)  # the interrupt is heard after a chunk
         result = optimizer().run(random.key(0), 230, SMALL, checkpoint=tmp_path / "run")
     assert result.status is Status.INTERRUPTED and 120 <= len(result.losses) < 230
     np.testing.assert_array_equal(result.losses, uninterrupted.losses[: len(result.losses)])
@@ -251,7 +247,7 @@ def test_an_interrupt_before_the_first_update_is_raised(monkeypatch):
 
     one = optimizer()
     state = one.init(random.key(0), SMALL)
-    monkeypatch.setattr(one, "_run_program", lambda: interrupted)
+    monkeypatch.setattr(running, "_program", lambda algorithm: interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.run(random.key(0), 10, SMALL, progress_bar=False, init_state=state)
 

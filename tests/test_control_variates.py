@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """Calibrated weights against closed forms, quadrature and the plain weighted mean."""
 
 import jax

@@ -9,9 +9,9 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from clouds import z_score
+from evidence_problems import cauchy_prior, exact_cauchy, exact_regression, regression
 from jax import random
 from scipy import stats
-from scipy.special import logsumexp
 
 from numpyro_smcopt import log_evidence
 from numpyro_smcopt.algorithms.budget import TEMPERED_ISLANDS
@@ -23,11 +23,9 @@ STANDARD_ERRORS = 4.0
 TEMPERED_ERRORS = stats.t(TEMPERED_ISLANDS - 1).isf(stats.norm.sf(STANDARD_ERRORS))
 
 
-def gaussian_regression(x, y, location, scale, shift):
-    coefficients = numpyro.sample("coefficients", dist.Normal(location, scale).expand([x.shape[1]]).to_event(1))
+def shifted_regression(x, y, location, scale, shift):
+    regression(x, y, location, scale)
     numpyro.factor("shift", shift)
-    with numpyro.plate("data", len(y)):
-        numpyro.sample("y", dist.Normal(x @ coefficients, 1.0), obs=y)
 
 
 def regression_data(num_coefficients):
@@ -36,23 +34,6 @@ def regression_data(num_coefficients):
     x[:, 0] = 1.0
     beta = np.array([0.3, 1.0, -0.2, 0.5, -1.0]) if num_coefficients == 5 else rng.normal(size=num_coefficients)
     return x, x @ beta + rng.normal(size=100)
-
-
-def exact_regression(x, y, location, scale):
-    mean = x @ np.full(x.shape[1], location)
-    return stats.multivariate_normal(mean, scale**2 * x @ x.T + np.eye(len(y))).logpdf(y)
-
-
-def cauchy_prior(y):
-    location = numpyro.sample("location", dist.Cauchy(-5.0, 1.0))
-    with numpyro.plate("data", len(y)):
-        numpyro.sample("y", dist.Normal(location, 1.0), obs=y)
-
-
-def exact_cauchy(y):
-    grid = np.linspace(-20.0, 30.0, 500_001)
-    logs = stats.cauchy(-5.0, 1.0).logpdf(grid) + stats.norm(grid[:, None], 1.0).logpdf(y).sum(1)
-    return logsumexp(logs) + np.log(grid[1] - grid[0])
 
 
 def two_modes(num, sd):
@@ -78,7 +59,7 @@ def test_first_number_of_the_bank_of_peers():
 @pytest.mark.parametrize("location, scale", [(0.0, 3.0), (10.0, 1.0)], ids=["centred prior", "off-centre prior"])
 def test_gaussian_posterior_has_no_monte_carlo_error(location, scale):
     x, y = regression_data(5)
-    found, values, errors = estimates(gaussian_regression, x, y, location, scale, 0.0)
+    found, values, errors = estimates(regression, x, y, location, scale)
     np.testing.assert_allclose(values, exact_regression(x, y, location, scale), atol=2e-3)
     assert np.all(errors < 1e-3)
     assert all(f.num_particles == 1152 for f in found)
@@ -86,15 +67,32 @@ def test_gaussian_posterior_has_no_monte_carlo_error(location, scale):
 
 def test_fifty_coefficients():
     x, y = regression_data(50)
-    _, values, errors = estimates(gaussian_regression, x, y, 0.0, 3.0, 0.0, seeds=range(3))
+    _, values, errors = estimates(regression, x, y, 0.0, 3.0, seeds=range(3))
     np.testing.assert_allclose(values, exact_regression(x, y, 0.0, 3.0), atol=5e-3)
     assert np.all(errors < 5e-3)
+
+
+def test_blocks_of_different_widths():
+    """Schools with one to twelve classes; a block is padded to the width of the largest."""
+    school = np.repeat(np.arange(4), [1, 2, 4, 12])
+    y = np.random.default_rng(2).normal(size=len(school)) + np.array([1.0, -2.0, 0.5, 0.0])[school]
+
+    def nested(y):
+        with numpyro.plate("schools", 4):
+            u = numpyro.sample("u", dist.Normal(0.0, 1.5))
+        with numpyro.plate("classes", len(school)):
+            v = numpyro.sample("v", dist.Normal(u[school], 0.5))
+            numpyro.sample("y", dist.Normal(v, 0.7), obs=y)
+
+    covariance = 2.25 * (school[:, None] == school) + (0.25 + 0.49) * np.eye(len(school))
+    exact = stats.multivariate_normal(np.zeros(len(school)), covariance).logpdf(y)
+    assert log_evidence(nested, y, num_particles=1000).log_evidence == pytest.approx(exact, abs=2e-3)
 
 
 def test_a_constant_factor_shifts_the_evidence_by_itself():
     x, y = regression_data(5)
     for shift in (-1000.0, 140.0):
-        found = log_evidence(gaussian_regression, x, y, 0.0, 3.0, shift, num_particles=1000)
+        found = log_evidence(shifted_regression, x, y, 0.0, 3.0, shift, num_particles=1000)
         assert found.log_evidence - shift == pytest.approx(exact_regression(x, y, 0.0, 3.0), abs=2e-3)
 
 

@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """The examples run as a user runs them; test_docs.py runs the programs of README and documentation."""
 
 import os
@@ -76,6 +78,22 @@ def test_mixture_is_tuned_to_the_optimum_by_quadrature(tmp_path):
         numbers_after(f"{name:<20}reverse", done.stdout)[0] for name in ("the start", "the optimum", "SMCOptimizer")
     )
     assert best - 0.02 < found <= best and start < best - 0.2
+
+
+DAMPING_ROWS = ("  PGD", "  MPGD, gamma 0.05: under-damped", "    without gradient correction")
+
+
+def test_momentum_arrives_first_and_gradient_correction_helps(tmp_path):
+    figure = tmp_path / "damping.png"
+    options = ["--num-steps", "700", "--regimes", "under-damped", "--only-nominal", "--output", str(figure)]
+    done = run_python("examples/damping.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    rows = {name: numbers_after(f"{name:<48}", done.stdout) for name in DAMPING_ROWS}
+    plain, corrected, uncorrected = rows.values()
+    # Of gradient descent only two numbers are printed, since it has not come near: the variance, and how far it is off.
+    assert len(plain) == 2 and abs(plain[0] - 0.5) < 0.02 and plain[1] < -10
+    assert corrected[0] < uncorrected[0] and corrected[1] < 700 and abs(corrected[-1]) < 1
 
 
 def test_step_sizes_are_adapted_from_both_sides(tmp_path):

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from models import normal
 from numpyro.handlers import block, scope, substitute, trace
 from numpyro.primitives import Messenger, mutable
 
@@ -25,13 +24,6 @@ from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
 from numpyro_smcopt.kernels.underdamped import exponential, pace
 
 Y = np.array([1.0, 2.0, 4.5], np.float32)
-
-
-def normal(y):
-    mean = numpyro.param("mean", 0.0)
-    with numpyro.plate("data", len(y)):
-        x = numpyro.sample("x", dist.Normal(mean, 1.0))
-        numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
 
 PACES = {"step_size": 0.02, "momentum": 0.9, "latent_step_size": 0.1, "latent_momentum": 0.5}

@@ -218,3 +218,25 @@ def test_arguments_are_refused_by_name(make, error, message):
 def test_models_that_do_not_fit_are_refused_at_the_start(model, objective, message):
     with pytest.raises(ValueError, match=message):
         ImplicitDiffusion(model, objective=objective, num_particles=8).init(random.key(0))
+
+
+def by_label(label, y):
+    mean = numpyro.param("mean", 0.0)
+    with numpyro.plate("groups", 3):
+        b = numpyro.sample("b", dist.Normal(mean, 1.0))
+    with numpyro.plate("data", len(label)):
+        numpyro.sample("y", dist.Normal(b[label], 1.0), obs=y)
+
+
+def test_data_of_another_grouping_are_refused_and_the_right_ones_go_on():
+    """The groups were found to be independent, and with other labels moves would be accepted for the wrong ones."""
+    label, y = np.repeat(np.arange(3), 4), np.random.default_rng(0).standard_normal(12).astype(np.float32)
+    optimizer = ImplicitDiffusion(by_label, num_particles=8)
+    state = optimizer.init(random.key(0), label, y)
+    with pytest.raises(ValueError, match="latents depend on one another in another way"):
+        optimizer.update(state, np.roll(label, 1), y)
+    jitted = jax.jit(optimizer.update)
+    disturbed, loss = jitted(state, np.roll(label, 1), y)
+    assert np.isnan(loss)
+    for a, b in zip(*(jax.tree.leaves(jitted(s, label, y)[0].points) for s in (disturbed, state)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import compile_fast, partition
+from scipy import stats
 from scipy.optimize import minimize
 
 from numpyro_smcopt import laplace
@@ -239,6 +240,58 @@ def test_warm_start_leaves_a_plateau_where_a_scale_is_too_small_to_matter():
     expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
     found = laplace.warm_start(expand, start, jnp.zeros(n), np.array([True, True]))
     np.testing.assert_allclose(found.theta, [np.log(sd2) / 2, np.log(sigma2) / 2], atol=0.02)
+
+
+def test_importance_weights_take_most_of_the_error_from_the_value():
+    # Three binary answers of each person: logit P(y = 1) = slope x, x ~ N(0, 1), by quadrature.
+    ones, (nodes, weights) = np.repeat([0, 1, 2, 3], [30, 10, 5, 15]), np.polynomial.hermite_e.hermegauss(60)
+
+    def terms(log_slope, x):
+        eta = jnp.exp(log_slope) * x
+        return jnp.concatenate([x**2 / 2 + np.log(2 * np.pi) / 2, 3 * jnp.logaddexp(0.0, eta) - ones * eta])
+
+    def exact(log_slope):
+        eta = np.exp(log_slope) * nodes
+        likelihood = np.exp(np.outer(ones, eta) - 3 * np.logaddexp(0.0, eta))
+        return -np.sum(np.log(likelihood @ weights / np.sqrt(2 * np.pi)))
+
+    blocks = partition(lambda x: terms(0.0, x), len(ones))
+    normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
+    expand = jax.jit(lambda theta, x: laplace.expand(lambda t, x: terms(t[0], x), theta, x, normals, blocks, 1))
+    for log_slope in (0.0, 1.5):
+        there = expand(jnp.array([log_slope]), jnp.zeros(len(ones)))
+        value = np.sum(there.mode.terms) + there.half_log_det - len(ones) / 2 * np.log(2 * np.pi)
+        assert abs(value - there.log_mean - exact(log_slope)) < 0.4 * abs(value - exact(log_slope))
+
+
+def test_warm_start_leaves_a_plateau_that_only_joint_steps_lead_away_from():
+    # y_i = level - u_i + e_i, u_i half-normal: at a small scale of u, a larger one alone is worse, because the level
+    # would have to rise with it; ordinary least squares is a stationary point (Waldman 1982).
+    rng = np.random.default_rng(20)
+    y = 1.0 + 0.3 * rng.normal(size=150) - np.abs(0.9 * rng.normal(size=150))
+    data = jnp.asarray(y, jnp.float32)
+
+    def terms(theta, x):
+        level, log_u, log_e = theta
+        prior = jnp.exp(2 * (x - log_u)) / 2 - x + log_u - np.log(2 / np.pi) / 2
+        residual = (data - level + jnp.exp(x)) * jnp.exp(-log_e)
+        return jnp.concatenate([prior, residual**2 / 2 + log_e + np.log(2 * np.pi) / 2])
+
+    def loss(theta):
+        level, u, e = theta[0], np.exp(theta[1]), np.exp(theta[2])
+        total = np.hypot(u, e)
+        scaled = -(y - level) / total
+        return -np.sum(np.log(2) + stats.norm.logpdf(scaled) - np.log(total) + stats.norm.logcdf(scaled * u / e))
+
+    best = minimize(loss, np.array([1.0, 0.0, -1.0])).fun
+    assert loss(np.array([y.mean(), -9.0, np.log(y.std())])) - best > 2.0  # least squares
+    start = jnp.zeros(3)
+    blocks = partition(lambda x: terms(start, x), 150)
+    normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
+    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    for place in (start, jnp.array([y.mean(), -5.0, np.log(y.std())], jnp.float32)):
+        found = laplace.warm_start(expand, place, jnp.zeros(150), np.array([False, True, True]))
+        assert found.theta[1] > -1.0, found.theta
 
 
 def test_warm_start_finds_many_loadings_from_nowhere():

@@ -1,3 +1,5 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
 """The architecture, held by a test: imports go down, each foreign interface has one owner, importing costs nothing.
 
 The rules are about the source text, so imports inside functions and under TYPE_CHECKING count like any other. They are
@@ -24,7 +26,10 @@ LAYERS = (
     {"algorithms", "handlers"},
     {"algorithms.*"},
     {"algorithms.base"},
+    {"algorithms.resuming"},
     {"algorithms.many_runs"},
+    {"algorithms.running", "algorithms.summary", "algorithms.momentum_update"},
+    {"algorithms.contract", "algorithms.momentum_settings"},
     {"reporting.assembly"},
     {"reporting.laplace_fit"},
     {"reporting.exploration"},
@@ -35,7 +40,13 @@ LAYERS = (
     {"algorithms.start"},
     {"algorithms.faults", "algorithms.journal"},
     {"algorithms.gradients", "algorithms.safeguards"},
-    {"algorithms.budget", "algorithms.particles", "algorithms.programs", "algorithms.two_numbers"},
+    {
+        "algorithms.budget",
+        "algorithms.lost_particles",
+        "algorithms.particles",
+        "algorithms.programs",
+        "algorithms.settings",
+    },
     {"reporting.islands", "reporting.transport"},
     {"reporting.reference"},
     {"latent_momentum"},
@@ -59,7 +70,7 @@ LAYERS = (
     {"kernels.preconditioners", "resampling", "effects", "sharding"},
     {"weights"},
     {"blocks"},
-    {"noise", "traces", "branching"},
+    {"noise", "traces", "branching", "sums"},
     {"types"},
 )
 

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import random
+from models import unknown_spread
 from numpyro.distributions import constraints
 
 import numpyro_smcopt
@@ -73,16 +74,8 @@ def refusal(call):
     raise AssertionError("nothing was about to be computed")
 
 
-def normal(y, n=3):
-    mean = numpyro.param("mean", 0.0)
-    sd = numpyro.param("sd", 1.0, constraint=constraints.positive)
-    with numpyro.plate("data", n):
-        x = numpyro.sample("x", dist.Normal(mean, sd))
-        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
-
-
 def as_long_as_the_data(y):
-    normal(y, len(y))
+    unknown_spread(y, len(y))
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -90,11 +83,11 @@ DTYPES = ["f2", "f4", "f8", "i1", "i4", "i8", "u1", "u8", "?", "c8", "O", "U3", 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@given(dtype=st.sampled_from(DTYPES), shape=shapes, model=st.sampled_from([normal, as_long_as_the_data]))
+@given(dtype=st.sampled_from(DTYPES), shape=shapes, model=st.sampled_from([unknown_spread, as_long_as_the_data]))
 @many(110)
 def test_arrays_of_any_type_and_shape(dtype, shape, model, nothing_compiles):
     y = np.zeros(shape, dtype)
-    plate = (3,) if model is normal else shape[:1]
+    plate = (3,) if model is unknown_spread else shape[:1]
     fits = bool(plate) and plate != (0,) and y.size > 0 and y.dtype.kind in "fiub"
     if fits:
         try:
@@ -128,7 +121,7 @@ junk = st.one_of(
 @given(y=junk, n=st.one_of(st.just(3), junk))
 @many(80)
 def test_arguments_that_are_no_arrays(y, n, nothing_compiles):
-    message = refusal(lambda: SMCOptimizer(normal).init(KEY, y, n))
+    message = refusal(lambda: SMCOptimizer(unknown_spread).init(KEY, y, n))
     number = isinstance(y, bool | int | float) or y is None  # None makes a latent of the site
     number = number and not (isinstance(y, float) and MOST < abs(y) < math.inf)
     size = isinstance(n, int) and n > 0
@@ -145,7 +138,7 @@ def test_arguments_that_are_no_arrays(y, n, nothing_compiles):
 )
 def test_what_jax_would_lose_silently(array, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        SMCOptimizer(normal).init(KEY, array)
+        SMCOptimizer(unknown_spread).init(KEY, array)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -172,10 +165,10 @@ def starts_at_a_word(y):
         (like_its_parameter, (Y,), "Two sites of the model are called 'x'"),
         (starts_at_a_word, (Y,), "initial value of param site 'mean' is a str"),
         (as_long_as_the_data, (Y[:0],), r"plate of the model has no elements.*args\[0\]: float32\[0\]"),
-        (normal, (Y, -1), r"plate of the model has no elements.*args\[1\]: -1"),
+        (unknown_spread, (Y, -1), r"plate of the model has no elements.*args\[1\]: -1"),
         (lambda y: numpyro.sample("y", dist.Normal(numpyro.param("a", 0.0), 1.0), obs=y), (Y[:0],), "no observations"),
-        (normal, (), "cannot be called with no arguments: missing a required argument: 'y'"),
-        (normal, (Y, 3, 4), "cannot be called with .*: too many positional arguments"),
+        (unknown_spread, (), "cannot be called with no arguments: missing a required argument: 'y'"),
+        (unknown_spread, (Y, 3, 4), "cannot be called with .*: too many positional arguments"),
         (lambda y: 1 / 0, (Y,), r"The model was run with args\[0\]: float32\[3\]"),
     ],
 )
@@ -208,7 +201,7 @@ FUNCTIONS = {"step_size", "momentum", "latent_step_size", "latent_momentum", "re
 @many(120)
 def test_arguments_of_the_objects(argument, value, nothing_compiles):
     (kind, name), options = argument, {argument[1]: value}
-    message = refusal(lambda: kind(normal, **options).init(KEY, Y))
+    message = refusal(lambda: kind(unknown_spread, **options).init(KEY, Y))
     empty = name == "handlers" and isinstance(value, list) and not value
     if message is None:
         number = isinstance(value, int | float)
@@ -225,7 +218,7 @@ OF_RUN = ["rng_key", "num_steps", "init_params", "init_state", "checkpoint", "ea
 def test_arguments_of_run(name, value, nothing_compiles, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call = {"rng_key": KEY, "num_steps": 10, "progress_bar": False} | {name: value}
-    message = refusal(lambda: SMCOptimizer(normal).run(call.pop("rng_key"), call.pop("num_steps"), Y, **call))
+    message = refusal(lambda: SMCOptimizer(unknown_spread).run(call.pop("rng_key"), call.pop("num_steps"), Y, **call))
     if message is None:
         right = {
             "rng_key": lambda v: hasattr(v, "dtype") and jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key),
@@ -242,7 +235,7 @@ def test_arguments_of_run(name, value, nothing_compiles, tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", [None, 0, "0", np.zeros(3, np.uint32), np.zeros(2), random.split(KEY, 2)])
 def test_keys(key):
     with pytest.raises(TypeError, match=r"rng_key must be a single key such as jax.random.key\(0\), got"):
-        SMCOptimizer(normal).init(key, Y)
+        SMCOptimizer(unknown_spread).init(key, Y)
 
 
 METHODS = ("update", "evaluate", "get_params", "get_samples", "get_weighted_samples", "summarize", "as_svi", "run")
@@ -251,7 +244,7 @@ METHODS = ("update", "evaluate", "get_params", "get_samples", "get_weighted_samp
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ARGUMENTS)
 def test_states(method, kind):
-    optimizer = kind(normal)
+    optimizer = kind(unknown_spread)
     own = kind._state_type(*[None] * len(kind._state_type._fields))
     call = {
         "summarize": lambda state: optimizer.summarize(KEY, state, Y),
@@ -285,7 +278,7 @@ def test_the_state_of_another_model():
 
 # -- numbers that are not finite: one shape, so everything is compiled once --------------------------------------------
 def small():
-    return SMCOptimizer(normal, optax.sgd(0.01), kernel=RandomWalk(), num_particles=16)
+    return SMCOptimizer(unknown_spread, optax.sgd(0.01), kernel=RandomWalk(), num_particles=16)
 
 
 ONE = small()

@@ -143,6 +143,12 @@ def test_early_stopping_waits_for_all(stuck, monkeypatch):
     assert {(one.status, len(one.losses)) for one in run(states).runs.results} == {(Status.FINISHED, 300)}
 
 
+def test_early_stopping_of_several_runs_needs_a_gradient_as_that_of_one_does():
+    for num_runs in (1, 2):
+        with pytest.raises(ValueError, match="early_stop needs a marginal likelihood and its gradient"):
+            OBJECTS["implicit"]().run(random.key(0), 10, Y, num_runs=num_runs, early_stop=True, progress_bar=False)
+
+
 def test_a_warning_names_the_run(stuck):
     optimizer, result = stuck
     states = list(result.runs.states)

@@ -661,6 +661,7 @@ def test_a_particle_without_energy_takes_the_place_of_another():
         ({"gamma": 0.1, "eta": 1e-200, "time_step": 1e-200}, ValueError, ["gamma eta time_step = 0", "positive"]),
         ({"momentum": lambda count: 1.2}, ValueError, [r"momentum must lie in \[0, 1\)", "got 1.2"]),
         ({"latent_step_size": lambda count: -0.1}, ValueError, ["latent_step_size must be a positive", "got -0.1"]),
+        ({"step_size": len}, TypeError, ["step_size must be a number, or a function of the number of updates", "at 0"]),
         ({"step_size": np.ones(3)}, ValueError, ["step_size must be a positive number or a schedule of such", "array"]),
         ({"gamma": -1.0, "eta": 1.0, "time_step": 0.1}, ValueError, ["gamma must be a positive number", "got -1.0"]),
         ({"num_particles": 0}, ValueError, ["num_particles must be a positive integer"]),

@@ -62,6 +62,15 @@ def no_nan(state):
         assert np.all(np.isfinite(leaf))
 
 
+def updated(optimizer, state, num):
+    """The states before and after each of ``num`` updates, none with a NaN."""
+    for _ in range(num):
+        old = state
+        state, _ = optimizer.update(old, Y)
+        no_nan(state)
+        yield old, state
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fits_arrive_or_say_that_they_did_not(name):
     optimizer = SMCOptimizer(model, num_particles=64, **CASES[name])
@@ -144,12 +153,8 @@ def wall(y):
 @pytest.mark.parametrize("kernel", [MALA(), ULA()], ids=["mala", "ula"])
 def test_a_step_into_a_wall_is_refused_and_tried_shorter_and_blames_no_particle(kernel):
     optimizer = SMCOptimizer(wall, optax.sgd(0.3), kernel=kernel, num_particles=32)
-    state = optimizer.init(random.key(0), Y)
     refused = []
-    for _ in range(30):
-        old = state
-        state, _ = optimizer.update(state, Y)
-        no_nan(state)
+    for old, state in updated(optimizer, optimizer.init(random.key(0), Y), 30):
         if state.diagnostics["num_refused"]:
             refused.append(float(old.caution))
             assert state.theta["mean"] == old.theta["mean"] and state.diagnostics["num_nonfinite"] == 0
@@ -210,12 +215,8 @@ def test_momentum_is_taken_back_from_where_no_particle_has_an_energy():
     optimizer = MomentumParticleMLE(
         wall, step_size=0.1, momentum=0.5, latent_step_size=0.05, latent_momentum=0.3, num_particles=32
     )
-    state = optimizer.init(random.key(0), Y)
     cautions = []
-    for _ in range(60):
-        old = state
-        state, _ = optimizer.update(state, Y)
-        no_nan(state)
+    for old, state in updated(optimizer, optimizer.init(random.key(0), Y), 60):
         assert state.theta["mean"] <= 2.5
         if state.diagnostics["num_refused"]:
             cautions.append(float(state.caution / old.caution))

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax import random
 from numpyro.distributions import constraints
+from oracles import random_intercepts_fit, random_intercepts_log_likelihood
 from scipy.special import logsumexp
 
 from numpyro_smcopt import SMCOptimizer, Status, find_blocks, loop, one_block, tempering
@@ -205,31 +206,13 @@ def groups(y):
             numpyro.sample("y", dist.Normal(x, sigma), obs=y)
 
 
-def groups_log_likelihood(y, mean, sd, sigma):
-    m, n = y.shape
-    within, between = np.sum((y - y.mean(0)) ** 2), m * np.sum((y.mean(0) - mean) ** 2)
-    total = sigma**2 + m * sd**2
-    log_det = n * ((m - 1) * np.log(sigma**2) + np.log(total))
-    return -(log_det + within / sigma**2 + between / total + m * n * np.log(2 * np.pi)) / 2
-
-
 def test_default_reaches_the_closed_form_maximum_with_blocks_and_jointly():
     """Bounds: the project's goals, 0.005 nats and 0.07 standard errors. 20 groups of 4; the start is far away."""
     m, n = 4, 20
     rng = np.random.default_rng(1)
     y = 50 + 6 * rng.normal(size=n) + 3 * rng.normal(size=(m, n))
-    mean = y.mean()
-    sigma2 = np.sum((y - y.mean(0)) ** 2) / (n * (m - 1))
-    between = m * np.mean((y.mean(0) - mean) ** 2)
-    sd2 = (between - sigma2) / m
-    exact = {"mean": mean, "sd": np.sqrt(sd2), "sigma": np.sqrt(sigma2)}
-    best = groups_log_likelihood(y, **exact)
-    # Standard errors of the estimates, from the chi-squared laws of the two mean squares.
-    standard_errors = {
-        "mean": np.sqrt(between / (m * n)),
-        "sd": np.sqrt(2 * (between**2 / n + sigma2**2 / (n * (m - 1)))) / m / (2 * exact["sd"]),
-        "sigma": exact["sigma"] / np.sqrt(2 * n * (m - 1)),
-    }
+    exact, standard_errors = random_intercepts_fit(y)
+    best = random_intercepts_log_likelihood(y, **exact)
     data = jnp.asarray(y, jnp.float32)
     for partition in (find_blocks, one_block):
         result = SMCOptimizer(groups, partition=partition, num_particles=128).run(
@@ -238,13 +221,13 @@ def test_default_reaches_the_closed_form_maximum_with_blocks_and_jointly():
         assert result.state.blocks.num_blocks == (n if partition is find_blocks else 1)
         assert result.status is Status.FINISHED
         found = {name: float(value) for name, value in result.params.items()}
-        assert groups_log_likelihood(y, **found) > best - 0.005, found
+        assert random_intercepts_log_likelihood(y, **found) > best - 0.005, found
         for name in exact:
             assert abs(found[name] - exact[name]) < 0.07 * standard_errors[name], (name, found, exact)
         # The running log evidence is that of the last iterate. Its error: at most that of as many independent weighings
         # as there were updates, each with the variance that its ESS shows.
         last = {name: float(value[-1]) for name, value in result.trajectory.items()}
-        assert abs(-result.losses[-1] - groups_log_likelihood(y, **last)) < 1.0
+        assert abs(-result.losses[-1] - random_intercepts_log_likelihood(y, **last)) < 1.0
 
 
 # One small model, compiled once, in double precision.

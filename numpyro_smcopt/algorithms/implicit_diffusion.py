@@ -28,8 +28,9 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.algorithms import faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, positive, whole_or_none
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm
 from numpyro_smcopt.algorithms.safeguards import next_caution
+from numpyro_smcopt.algorithms.settings import positive, whole_or_none
 from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
@@ -58,7 +59,7 @@ class ImplicitDiffusionState(NamedTuple):
         blocks: The partition of the latents.
         num_updates: [] updates so far.
         num_refused: [] updates whose theta or gradient was not finite.
-        wrong_blocks: [] bool, whether the data contradict the partition; never the case without one.
+        wrong_blocks: [] bool, whether the data contradict the partition; never the case in one block.
         fingerprint: [] of the data.
         diagnostics: Scalars of the last update.
         mutable_state: State of handlers.
@@ -253,15 +254,17 @@ class ImplicitDiffusion(ParticleAlgorithm):
         return self.objective.arrays
 
     def _adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
-        particles = self.sampler.adopt(target, state.theta, state.particles)
-        key = random.fold_in(state.rng_key, 1)
-        assessed = self.sampler.assess(key, target, state.theta, particles, state.blocks, self.objective)
-        return state._replace(
+        key_assess, key_blocks = (random.fold_in(state.rng_key, k) for k in (1, 2))
+        particles, wrong = self.sampler.adopt(key_blocks, target, state.theta, state.particles, state.blocks)
+        assessed = self.sampler.assess(key_assess, target, state.theta, particles, state.blocks, self.objective)
+        adopted = state._replace(
             particles=particles,
             assessed=_sound(assessed, state.assessed),
             usable=_is_usable(assessed),
             fingerprint=fingerprint,
         )
+        kept = jax.tree.map(lambda a, b: jnp.where(wrong, b, a) if a is not b else a, adopted, state)
+        return kept._replace(wrong_blocks=jnp.asarray(wrong))
 
     def evaluate(self, state: ImplicitDiffusionState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.

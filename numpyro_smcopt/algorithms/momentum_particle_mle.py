@@ -2,18 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MomentumParticleMLE`: particle gradient descent with momentum in the parameters and in the particles.
 
-Continuous time, with inverse masses eta and frictions gamma of both blocks:
-
-    d theta = eta_t m dt       d m   = -gamma_t eta_t m dt - (1/N) sum_j grad_theta U_theta(x_j) dt
-    d x_j   = eta_x u_j dt     d u_j = -gamma_x eta_x u_j dt - grad_x U_theta(x_j) dt + sqrt(2 gamma_x) dW_j
-
-One update, by exponential integrators (see `kernels.underdamped`; v and p_j are m and u_j in units of mass one):
-
-    ahead  = theta + a v,      g = (1/N) sum_j grad_theta U_ahead(x_j)          gradient correction
-    theta' = ahead - b g,      v' = mu v - a g
-    x_j'   = x_j + a p_j - b grad_x U_theta'(x_j) + noise,      p_j' = mu p_j - a grad_x U_theta'(x_j) + noise
-
-The particles approximate the posterior at theta; they are not weighted, and not corrected unless the kernel says so.
+The update, with its equations, is in `momentum_update`. This file chooses what is not given: the particles to start
+from, the metric and the pace of theta and of the particles. It says in words how a run went, too.
 
 Source: Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024, arXiv 2312.07335.
 """
@@ -22,8 +12,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +21,19 @@ import optax
 from jax import random
 
 from numpyro_smcopt import tempering
-from numpyro_smcopt.algorithms import budget, faults
-from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
-from numpyro_smcopt.algorithms.gradients import gradient_of_rest, surroundings
+from numpyro_smcopt.algorithms import budget, faults, momentum_update
+from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.lost_particles import LARGEST_LOSS
+from numpyro_smcopt.algorithms.momentum_settings import (
+    check_moves,
+    check_preconditioner,
+    refuse_foreign_arguments,
+    two_numbers,
+    unstable_argument,
+)
+from numpyro_smcopt.algorithms.momentum_update import MomentumState, Moves
 from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator
-from numpyro_smcopt.algorithms.safeguards import next_caution
+from numpyro_smcopt.algorithms.settings import check_functions, whole_or_none
 from numpyro_smcopt.algorithms.start import (
     Start,
     draw_particles,
@@ -48,55 +45,26 @@ from numpyro_smcopt.algorithms.start import (
     warm_theta,
     warn_of_unfinished,
 )
-from numpyro_smcopt.algorithms.two_numbers import (
-    check_preconditioner,
-    refuse_foreign_arguments,
-    stable_share,
-    two_numbers,
-)
 from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
-from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.kernels import HMC, Point, Potential, Preconditioner, Preconditioning, preconditioners
+from numpyro_smcopt.kernels import HMC, Point, Preconditioner, Preconditioning, preconditioners
 from numpyro_smcopt.kernels.underdamped import (
     IntegratorFn,
-    Moved,
-    Pace,
     Underdamped,
     VelocityKernel,
-    controlled,
     exponential,
     nesterov,
     uncorrected,
 )
-from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE, CloudState, LatentStep, forgotten
-from numpyro_smcopt.noise import draw_normals, split
-from numpyro_smcopt.objectives import (
-    Cloud,
-    Estimate,
-    MarginalLikelihood,
-    Objective,
-    Scene,
-    as_objective,
-    term_coefficients,
-)
+from numpyro_smcopt.latent_momentum import LatentStep, forgotten
+from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.results import Status
-from numpyro_smcopt.target import Target, flat_terms
-from numpyro_smcopt.theta_momentum import (
-    Around,
-    InformationMetric,
-    InformationState,
-    MomentumStep,
-    MotionState,
-    Number,
-    TransformMetric,
-)
-from numpyro_smcopt.types import Array, Model, Params, Theta
-from numpyro_smcopt.weights import uniform_log_weights
+from numpyro_smcopt.target import Target
+from numpyro_smcopt.theta_momentum import InformationMetric, InformationState, MomentumStep, Number, TransformMetric
+from numpyro_smcopt.types import Array, Model, Theta
 
 BIAS_TOLERANCE = 0.05
 BIAS_TOLERANCE_OF_LARGE_THETA = 0.15  # the particles have to keep up with theta: being late costs more than the bias
 DEFAULT_MOMENTUM = 0.9  # where the damping is not chosen from the information
-LARGEST_LOSS = 0.25  # share of the particles, block by block, that may meet a potential that is not finite
 SETTLED = 100  # updates after which the estimated bias is worth a warning
 DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of order one
 
@@ -107,54 +75,6 @@ class Damping(enum.Enum):
     UNDER = "under-damped"
     CRITICAL = "near critical damping"
     OVER = "over-damped"
-
-
-class Particles(NamedTuple):
-    """Where the particles are.
-
-    Attributes:
-        x: [N, D], on unconstrained space.
-    """
-
-    x: Array
-
-
-class MomentumState(NamedTuple):
-    """State of `MomentumParticleMLE`: what the next update needs, and the last diagnostics.
-
-    Attributes:
-        theta: The iterate, unconstrained.
-        params: The estimate, constrained: an average of iterates.
-        points: The particles.
-        log_weights: [N, B] equal weights.
-        motion: Velocity, pace and metric of theta.
-        cloud: Velocities, pace and metric of the particles.
-        blocks: The partition of the latents.
-        num_updates: [] updates so far.
-        num_refused: [] updates in which theta stayed because its gradient was not finite, or nothing was where it led.
-        caution: [] factor on the step size of theta: one, or less after theta was refused.
-        wrong_blocks: [] bool, whether the data contradict the partition.
-        fingerprint: [] of the data.
-        diagnostics: Scalars of the last update.
-        mutable_state: State of handlers.
-        rng_key: Randomness of what follows.
-    """
-
-    theta: Theta
-    params: Params
-    points: Particles
-    log_weights: Array
-    motion: MotionState
-    cloud: CloudState
-    blocks: Blocks
-    num_updates: Array
-    num_refused: Array
-    caution: Array
-    wrong_blocks: Array
-    fingerprint: Array
-    diagnostics: dict[str, Array]
-    mutable_state: dict
-    rng_key: Array
 
 
 class MomentumParticleMLE(ParticleAlgorithm):
@@ -260,29 +180,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         super().__init__(model, handlers, static_kwargs)
         num_particles = whole_or_none("num_particles", num_particles)
         check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
-        if bias_tolerance is not None:
-            check_number("bias_tolerance", bias_tolerance)
-        if averaging is not None:
-            check_number("averaging", averaging)
-        if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
-            raise TypeError(
-                "preconditioning must be an object from numpyro_smcopt.kernels.preconditioners, such as diagonal, got "
-                f"{preconditioning!r}."
-            )
-        if kernel is not None and not isinstance(kernel, VelocityKernel):
-            raise TypeError(
-                "kernel must move particles that have a velocity: kernels.Underdamped() or "
-                f"kernels.MetropolisUnderdamped(), got {kernel!r}. Other kernels are for SMCOptimizer."
-            )
-        if averaging is not None and not averaging >= 0:
-            raise ValueError(
-                f"averaging must be a power of at least 0, or None for the last iterate, got {averaging!r}."
-            )
-        if bias_tolerance is not None and not 0 < bias_tolerance <= LARGEST_TOLERANCE:
-            raise ValueError(
-                f"bias_tolerance is a relative bias within (0, {LARGEST_TOLERANCE:g}], got {bias_tolerance!r}. Steps "
-                "for a larger one would come too near to where moves diverge; to try them, give a latent_step_size."
-            )
+        check_moves(preconditioning, kernel, averaging, bias_tolerance)
         self.step_size, self.damping = two_numbers("", step_size, momentum, gamma, eta, time_step)
         self.latent_step_size, self.latent_damping = two_numbers(
             "latent_", latent_step_size, latent_momentum, latent_gamma, latent_eta, latent_time_step
@@ -326,18 +224,10 @@ class MomentumParticleMLE(ParticleAlgorithm):
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
         self._objective(theta).check(target, theta)
         blocks = start_blocks(key_blocks, start, self.partition, self.init_strategy)
-        informed = self._knows_units(theta)
-        warm = warm_theta(start, blocks) if informed else None
+        warm = warm_theta(start, blocks) if self._knows_units(theta) else None
         if warm is not None:
             theta, mode = warm
-        num_particles = 1
-        if target.sites.num_latents:
-            fewest = budget.FEWEST_PARTICLES
-            if not _information_is_affordable(theta):
-                fewest = budget.fewest_without_information(blocks.num_blocks)
-            num_particles = self.num_particles or budget.default_num_particles(
-                target.work(theta), control_variates=informed, fewest=fewest
-            )
+        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
         first = ("first", num_particles), self._first_state(num_particles)
         state, terms, num_unfinished, num_stages = start.call(*first, key_cloud, theta, blocks, mode, key_state)
         refuse_hopeless(start, terms)
@@ -345,50 +235,36 @@ class MomentumParticleMLE(ParticleAlgorithm):
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
         return state
 
+    def _num_particles_for(self, target: Target, theta: Theta, num_blocks: int) -> int:
+        if target.sites.num_latents == 0:
+            return 1  # plain maximum likelihood: there is nothing to integrate out
+        fewest = budget.FEWEST_PARTICLES
+        if not _information_is_affordable(theta):
+            fewest = budget.fewest_without_information(num_blocks)
+        return self.num_particles or budget.default_num_particles(
+            target.work(theta), control_variates=self._knows_units(theta), fewest=fewest
+        )
+
     def _first_state(self, num_particles: int) -> Callable:
         """A program: the first state at ``theta``, energy terms, blocks not at their posterior, stages of tempering."""
 
         def first(
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array, key_state: Array
         ) -> tuple[MomentumState, Array, Array, Array]:
-            _, flat, _ = flat_terms(target, theta)
             key_cloud, key_velocity = random.split(rng_key)
             points, metric, num_unfinished, num_stages = self._first_particles(
                 key_cloud, target, theta, blocks, mode, num_particles
             )
-            velocity = random.normal(key_velocity, points.x.shape, flat.dtype)
-            zero = jnp.zeros((), jnp.int32)
-            motion = self._theta_step(target, theta, num_particles, blocks.num_blocks).init(theta)
-            state = MomentumState(
-                theta=theta,
-                params=target.constrain_params(theta),
-                points=Particles(points.x),
-                log_weights=uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype),
-                motion=motion,
-                cloud=self._latent_step(theta).init(velocity, metric, points, blocks),
-                blocks=blocks,
-                num_updates=zero,
-                num_refused=zero,
-                caution=jnp.ones((), flat.dtype),
-                wrong_blocks=jnp.asarray(False),
-                fingerprint=jnp.zeros((), jnp.uint32),
-                diagnostics={},
-                mutable_state={},
-                rng_key=key_state,
-            )
-            nothing = jnp.zeros((), flat.dtype)
-            own = dict.fromkeys(("damping", "stability", "latent_bias", "latent_stability"), nothing)
-            own["num_refused"] = zero
-            _, estimate, _ = self._around(target, state, flat)
-            found = self._diagnostics(points.terms, estimate)
-            diagnostics = _diagnostics(nothing + 1, nothing, zero, motion, own | found)
-            return state._replace(diagnostics=diagnostics), points.terms, num_unfinished, num_stages
+            moves = self._moves(target, theta, num_particles, blocks.num_blocks)
+            state = momentum_update.init(moves, target, theta, points, metric, blocks, key_velocity, key_state)
+            return state, points.terms, num_unfinished, num_stages
 
         return first
 
     def _first_particles(
         self, rng_key: Array, target: Target, theta: Theta, blocks: Blocks, mode: Array, num_particles: int
     ) -> tuple[Point, Preconditioner, Array, Array]:
+        """Particles, their metric, blocks that are not at their posterior, and stages of tempering."""
         if self.latent_step_size is None:
             # At the posterior from the first update on, with a metric that is known to fit.
             kernel = HMC(preconditioning=self._latents.preconditioning)
@@ -408,20 +284,32 @@ class MomentumParticleMLE(ParticleAlgorithm):
         nothing = jnp.zeros((), jnp.int32)
         return points, metric, nothing, nothing
 
+    # -- what is chosen -----------------------------------------------------------------------------------------------
     def _knows_units(self, theta: Theta) -> bool:
         """Whether the step of theta is chosen from the information in the particles."""
         automatic = self.step_size is None and self.preconditioner is None
         return automatic and _information_is_affordable(theta) and self._maximises_likelihood
 
-    def _objective(self, theta: Theta) -> Objective:
-        return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
-
     @property
     def _maximises_likelihood(self) -> bool:
         return self.objective is None or isinstance(self.objective, MarginalLikelihood)
 
+    def _objective(self, theta: Theta) -> Objective:
+        return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
+
     def _attached(self) -> Any:
         return () if self.objective is None else self.objective.arrays
+
+    def _moves(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> Moves:
+        """How updates are made; of theta only the shapes count."""
+        step = self._theta_step(target, theta, num_particles, num_blocks)
+        latents = self._latents
+        if self.bias_tolerance is None and not _information_is_affordable(theta):
+            latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
+        return Moves(self._objective(theta), step, latents, self.simultaneous, self.theta_noise)
+
+    def _moves_of(self, target: Target, state: MomentumState) -> Moves:
+        return self._moves(target, state.theta, *state.log_weights.shape)
 
     def _theta_step(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> MomentumStep:
         step_size, damping = self.step_size, self.damping
@@ -439,11 +327,6 @@ class MomentumParticleMLE(ParticleAlgorithm):
             damping = -math.log(DEFAULT_MOMENTUM) if damping is None else damping
         return MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
 
-    def _latent_step(self, theta: Theta) -> LatentStep:
-        if self.bias_tolerance is None and not _information_is_affordable(theta):
-            return dataclasses.replace(self._latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
-        return self._latents
-
     # -- update -------------------------------------------------------------------------------------------------------
     def _controls(self, state: MomentumState) -> dict[str, Array]:
         theta, latents = state.motion.pace, state.cloud.pace
@@ -455,113 +338,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         }
 
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
-        num_particles, num_blocks = state.log_weights.shape
-        _, flat, unravel = flat_terms(target, state.theta)
-        step = self._theta_step(target, state.theta, num_particles, num_blocks)
-        latents = self._latent_step(state.theta)
-        step_size = state.caution * controls["step_size"]
-        going = controlled(self.scheme, state.motion.pace, step_size, controls["momentum"])
-        latent_going = controlled(
-            exponential, state.cloud.pace, controls["latent_step_size"], controls["latent_momentum"]
-        )
-        key_next, key_theta, key_latents = split(state.rng_key, 3)
-
-        # Gradient, ahead of theta
-        ahead = flat + going.integrator.lookahead * state.motion.velocity
-        terms, estimate, around = self._around(target, state, ahead)
-        noise = None
-        if self.theta_noise:
-            noise = random.normal(key_theta, (2, flat.size), flat.dtype) / math.sqrt(num_particles)
-
-        # Theta; it stays where its gradient is not finite
-        following, motion = step.update(state.motion, going, state.theta, around, noise)
-        usable = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
-        following = jnp.where(usable, following, flat)
-
-        # Particles
-        place = flat if self.simultaneous else following
-        potential = Potential(evaluator(target, unravel(place)), state.blocks)
-        num_normals = latents.kernel.num_normals(state.points.x.shape[1], num_blocks)
-        normals = draw_normals(key_latents, (num_particles, num_normals), flat.dtype)
-        moved = latents.move(normals, state.points.x, state.cloud, latent_going, potential)
-        alive = _alive(state.blocks, (terms, moved.terms), (moved.slope, moved.x, moved.velocity))
-        replaced = partial(_replaced, alive, state.blocks, state.points.x)
-        moved = changed_if(~jnp.all(alive), replaced, moved)
-
-        # Back, where hardly anything lives; then from rest, and with shorter steps
-        possible = _is_possible(state.blocks, alive, moved.terms)
-        sound = usable & possible
-        following = jnp.where(sound, following, flat)
-        stay = state.motion._replace(velocity=jnp.zeros_like(flat))
-        motion = jax.tree.map(lambda new, old: jnp.where(sound, new, old), motion, stay)
-
-        # What follows
-        cloud, x = latents.update(state.cloud, latent_going, state.points.x, moved, state.blocks, state.num_updates)
-
-        refused = (~sound).astype(jnp.int32)
-        own = {"num_refused": refused} | step.diagnose(motion, going) | latents.diagnose(cloud, latent_going)
-        diagnostics = _diagnostics(
-            jnp.mean(moved.acceptance),
-            jnp.linalg.norm(jnp.where(jnp.isfinite(around.gradient), around.gradient, 0.0)),
-            jnp.sum(~alive).astype(jnp.int32),
-            motion,
-            own | self._diagnostics(terms, estimate),
-        )
-        return state._replace(
-            theta=unravel(following),
-            params=target.constrain_params(unravel(step.estimate(motion))),
-            points=Particles(x),
-            motion=motion,
-            cloud=cloud,
-            num_updates=state.num_updates + 1,
-            num_refused=state.num_refused + refused,
-            caution=next_caution(state.caution, possible, usable),
-            rng_key=key_next,
-            diagnostics=diagnostics,
-        )
-
-    def _around(self, target: Target, state: MomentumState, theta: Array) -> tuple[Array, Estimate, Around]:
-        """Energy terms [N, K] at a flat theta, what the objective says there, and what the step may ask."""
-        x, blocks = state.points.x, state.blocks
-        terms_fn, _, unravel = flat_terms(target, state.theta)
-        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
-        terms, vjp = jax.vjp(all_terms, theta, x)
-        # Not computed unless the objective looks at it.
-        grad = vjp(jnp.ones_like(terms))[1]
-        scene = Scene(target, unravel(theta), target.attached, random.fold_in(state.rng_key, 2))
-        estimate = self._objective(state.theta).estimate(scene, Cloud(x, terms, grad, state.log_weights, blocks))
-        coefficients = term_coefficients(estimate, blocks)
-        gradient = vjp(coefficients)[0]
-        gradient = gradient + gradient_of_rest(estimate, unravel(theta))
-
-        def missing(slope: Array) -> Array:  # [N, K] derivatives of the terms along a direction
-            freedom = max(x.shape[0] - 1, 1)
-            centred = blocks.sum_terms(slope) - jnp.mean(blocks.sum_terms(slope), 0)
-            return jnp.sum(centred**2) / freedom
-
-        def along(v: Array) -> tuple[Array, Array]:
-            one, zero = jnp.ones((), theta.dtype), jnp.zeros((), theta.dtype)
-            first = lambda t: jax.jvp(lambda t: all_terms(theta + t * v, x), (t,), (one,))[1]  # noqa: E731
-            if not self._maximises_likelihood:
-                return estimate.curvature * missing(first(zero)), zero
-            slope, bend = jax.jvp(first, (zero,), (one,))
-            return jnp.sum(coefficients * bend), missing(slope)
-
-        def slope_error(v: Array) -> Array:
-            return jnp.sqrt(missing(jax.jvp(lambda t: all_terms(t, x), (theta,), (v,))[1]) / x.shape[0])
-
-        places = Point(x, terms, grad)
-        asked = surroundings(target, state.theta, theta, places, state.log_weights, blocks, state.num_updates)
-        return terms, estimate, Around(gradient, asked.information, along, slope_error)
-
-    def _diagnostics(self, terms: Array, estimate: Estimate) -> dict[str, Array]:
-        """The loss, and what else the objective says."""
-        if self._maximises_likelihood:
-            finite = jnp.all(jnp.isfinite(terms), 1)
-            total = jnp.sum(jnp.where(finite, jnp.sum(terms, 1), 0.0))
-            return {"loss": total / jnp.maximum(jnp.sum(finite), 1)}
-        masked = jnp.asarray(estimate.num_masked, jnp.int32)
-        return estimate.diagnostics | {"loss": estimate.loss, "num_masked": masked}
+        return momentum_update.update(self._moves_of(target, state), target, state, controls)
 
     # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
@@ -590,9 +367,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: MomentumState) -> Array:
-            _, flat, _ = flat_terms(target, state.theta)
-            terms, estimate, _ = self._around(target, state, flat)
-            return self._diagnostics(terms, estimate)["loss"]
+            return momentum_update.loss(self._moves_of(target, state), target, state)
 
         return self._program("evaluate", loss)(static, arrays, state)
 
@@ -629,23 +404,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _instability(self, state: MomentumState, diagnostics: dict[str, Array]) -> str | None:
         """A given step that diverges in the first updates, with its limit."""
+        time_step, latent_time_step = self._time_steps[""], self._time_steps["latent_"]
         excess = faults.beyond_stability(diagnostics["stability"])
         if excess is not None:
-            return self._too_long("", self.scheme, state.motion.pace, excess)
+            return unstable_argument("", state.motion.pace, self.scheme, excess, False, time_step)
         excess = faults.beyond_stability(diagnostics["latent_stability"])
         if excess is None or self.latent_step_size is None or not state.points.x.shape[1]:
             return None
-        return self._too_long("latent_", uncorrected, state.cloud.pace, excess)
-
-    def _too_long(self, block: str, scheme: IntegratorFn, going: Pace, excess: float) -> str:
-        step_size, damping = float(np.max(going.step_size)), float(np.max(going.damping))
-        time_step = self._time_steps[block]
         # Without a momentum of its own the damping of the particles is proportional to their step size.
-        coupled = time_step is not None or block == "latent_" and self.latent_damping is None
-        share = stable_share(scheme, step_size, damping, excess, coupled)
-        if time_step is not None:
-            return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
-        return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
+        coupled = self.latent_damping is None
+        return unstable_argument("latent_", state.cloud.pace, uncorrected, excess, coupled, latent_time_step)
 
     def _known_information(self, state: MomentumState) -> Array | None:
         metric = state.motion.metric
@@ -670,51 +438,5 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return Status.NON_FINITE if diverged or lost else Status.FINISHED
 
 
-# -- small print -------------------------------------------------------------------------------------------------------
 def _information_is_affordable(theta: Theta) -> bool:
     return sum(leaf.size for leaf in jax.tree.leaves(theta)) <= budget.LARGEST_INFORMATION
-
-
-def _alive(blocks: Blocks, terms: tuple[Array, ...], coordinates: tuple[Array, ...]) -> Array:
-    """[N, B] bool: in which blocks of which particles terms [N, K] and coordinates [N, D] are all finite."""
-    parts = [blocks.sum_terms(v) for v in terms] + [blocks.sum_coordinates(v) for v in coordinates]
-    return jnp.all(jnp.stack([jnp.isfinite(part) for part in parts]), 0)
-
-
-def _is_possible(blocks: Blocks, alive: Array, terms: Array) -> Array:
-    """[] bool: whether terms that depend on theta only are finite, and some particle of most blocks lives."""
-    free = jnp.all(jnp.isfinite(terms[0]) | (blocks.of_term != blocks.num_blocks))
-    return free & (jnp.sum(~jnp.any(alive, 0)) <= LARGEST_LOSS * alive.shape[1])
-
-
-def _replaced(alive: Array, blocks: Blocks, before: Array, moved: Moved) -> Moved:
-    """The move, in which blocks that are lost took the place of others, as it was before."""
-    num = alive.shape[0]
-    order = jnp.argsort(~alive, 0, stable=True)  # the living first
-    places = jnp.arange(num)[:, None] % jnp.maximum(jnp.sum(alive, 0), 1)
-    heir = blocks.to_coordinates(jnp.take_along_axis(order, places, 0))
-    lost, nobody = blocks.to_coordinates(~alive), blocks.to_coordinates(~jnp.any(alive, 0))
-    inherited = jnp.where(nobody, before, jnp.take_along_axis(before, heir, 0))
-    return moved._replace(
-        x=jnp.where(lost, inherited, moved.x),
-        velocity=jnp.where(lost, 0.0, moved.velocity),
-        slope=jnp.where(lost, 0.0, moved.slope),
-    )
-
-
-def _diagnostics(
-    acceptance: Array, grad_norm: Array, num_nonfinite: Array, motion: MotionState, own: dict[str, Array]
-) -> dict[str, Array]:
-    """Scalars of an update; the weights being equal, the effective sample size is all of the particles."""
-    one = jnp.ones_like(grad_norm)
-    return {
-        "loss": own["loss"],
-        "ess": one,
-        "mean_ess": one,
-        "acceptance_rate": acceptance,
-        "grad_norm": grad_norm,
-        "num_nonfinite": num_nonfinite,
-        "num_resampled": jnp.zeros((), jnp.int32),
-        "num_restarts": motion.num_restarts,
-        **own,
-    }

@@ -19,6 +19,22 @@ from numpyro_smcopt.weights import uniform_log_weights
 GUARDS = 4  # particles at which new data are checked for new dependences
 
 
+def added_up(target: Target, blocks: Blocks) -> tuple[Target, Blocks]:
+    """The target and its partition with sums of energy terms in the place of the terms, see `sums`.
+
+    Raises:
+        ValueError: If the target has not the shapes of the partition.
+    """
+    have = blocks.of_coordinate.shape[0], blocks.of_term.shape[0]
+    need = target.sites.num_latents, target.sites.num_terms
+    if have != need:
+        raise ValueError(
+            f"The state has {have[0]} latents and {have[1]} energy terms, but with these arguments the model has "
+            f"{need[0]} and {need[1]}. Data of another shape need a new init."
+        )
+    return target.adding_up(blocks.sums), blocks.of_sums
+
+
 def evaluator(target: Target, theta: Theta, scores: bool = False) -> Callable[[Array], Point]:
     """``x [D] -> Point``: one evaluation of energy terms, their gradient in x, and with ``scores`` the one in theta."""
     terms_fn, flat, _ = flat_terms(target, theta)

@@ -36,7 +36,7 @@ from numpyro_smcopt.algorithms.gradients import (
     surrogate_gradient,
     surroundings,
 )
-from numpyro_smcopt.algorithms.particles import blocks_are_wrong, evaluator, resample_blocks, revived
+from numpyro_smcopt.algorithms.particles import added_up, blocks_are_wrong, evaluator, resample_blocks, revived
 from numpyro_smcopt.algorithms.safeguards import SHORTER, Judged, advance, directly, next_caution, unspoiled
 from numpyro_smcopt.algorithms.start import (
     Start,
@@ -85,7 +85,7 @@ class SMCState(NamedTuple):
     Attributes:
         theta: The iterate, unconstrained.
         params: The estimate, constrained: the iterate, or for the default step an average of iterates.
-        points: The particles, each with its energy terms and gradient: arrays [N, ...].
+        points: The particles, each with sums of its energy terms and its gradient: arrays [N, ...].
         log_weights: [N, B] normalised log weights.
         log_evidence_start: [] log evidence where the run started.
         log_evidence_change: [] its change since.
@@ -221,7 +221,7 @@ class SMCOptimizer(ParticleAlgorithm):
         if warm is not None:
             theta, mode = warm
         state, num_unfinished, num_stages = start.call(*first, rng_key, theta, blocks, mode)
-        refuse_hopeless(start, state.points.terms)
+        refuse_hopeless(start, state.points.terms, blocks.sums)
         if not self._maximises_likelihood:
             refuse_loss(start, self.objective, state.diagnostics["loss"])
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
@@ -243,6 +243,8 @@ class SMCOptimizer(ParticleAlgorithm):
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[SMCState, Array, Array]:
             key_cloud, key_state = random.split(rng_key)
+            whole = blocks
+            target, blocks = added_up(target, whole)
             _, flat, _ = flat_terms(target, theta)
             kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
             cloud = first_cloud(
@@ -286,7 +288,7 @@ class SMCOptimizer(ParticleAlgorithm):
             kept = jnp.ones_like(cloud.acceptance)
             diagnostics = _diagnostics(state, fresh, kept, cloud.acceptance, jnp.zeros_like(flat), zero, zero)
             diagnostics = self._with_gradient(diagnostics, jnp.zeros_like(flat))
-            state = state._replace(diagnostics=self._with_objective(diagnostics, estimate))
+            state = state._replace(diagnostics=self._with_objective(diagnostics, estimate), blocks=whole)
             return state, jnp.sum(cloud.unfinished), cloud.num_stages
 
         return first
@@ -294,7 +296,9 @@ class SMCOptimizer(ParticleAlgorithm):
     # -- update -------------------------------------------------------------------------------------------------------
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
         num_particles, num_blocks = state.log_weights.shape
-        blocks, step = state.blocks, state.step._replace(size=controls["step_size"])
+        whole = state.blocks
+        target, blocks = added_up(target, whole)
+        state, step = state._replace(blocks=blocks), state.step._replace(size=controls["step_size"])
         keys = split(state.rng_key, 2 + num_blocks)
         num_uniforms = self.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
         noise = draw_noise(keys[1], state.points.x, num_uniforms)
@@ -353,6 +357,7 @@ class SMCOptimizer(ParticleAlgorithm):
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
             num_lost=jnp.zeros_like(state.num_lost),
+            blocks=whole,
             rng_key=keys[0],
         )
         diagnostics = _diagnostics(state, judged.weighed, judged.kept, acceptance, gradient, num_resampled, refused)
@@ -541,13 +546,7 @@ class SMCOptimizer(ParticleAlgorithm):
 
     # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
-        blocks, sites = state.blocks, target.sites
-        have, need = (state.points.x.shape[1], state.points.terms.shape[1]), (sites.num_latents, sites.num_terms)
-        if have != need:
-            raise ValueError(
-                f"The state has {have[0]} latents and {have[1]} energy terms, but with these arguments the model has "
-                f"{need[0]} and {need[1]}. Data of another shape need a new init."
-            )
+        target, blocks = added_up(target, state.blocks)
         points = jax.vmap(evaluator(target, state.theta, state.points.score is not None))(state.points.x)
         change = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
         weighed = reweight(state.log_weights, change)
@@ -581,6 +580,8 @@ class SMCOptimizer(ParticleAlgorithm):
             state = self._adopt(target, state, state.fingerprint)
             if self._maximises_likelihood:
                 return -_log_evidence(state)
+            target, blocks = added_up(target, state.blocks)
+            state = state._replace(blocks=blocks)
             return self._estimate(target, state, state.points, state.log_weights, state.theta).loss
 
         return self._program("evaluate", loss)(static, arrays, state)

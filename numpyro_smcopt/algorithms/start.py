@@ -20,9 +20,10 @@ from numpyro_smcopt import laplace, tempering
 from numpyro_smcopt.algorithms import faults
 from numpyro_smcopt.algorithms.budget import LARGEST_INFORMATION, num_for_information
 from numpyro_smcopt.algorithms.programs import Program
-from numpyro_smcopt.blocks import Blocks, Partition, probe_rows
+from numpyro_smcopt.blocks import Blocks, Partition, add_up, probe_rows
 from numpyro_smcopt.kernels import InvariantKernel, Preconditioner, Step, WeightedKernel
 from numpyro_smcopt.objectives import Objective
+from numpyro_smcopt.sums import NO_SUMS, Sums
 from numpyro_smcopt.target import Sites, StaticArguments, Target, flat_terms
 from numpyro_smcopt.tempering import Tempered
 from numpyro_smcopt.types import Array, Theta
@@ -113,7 +114,7 @@ def start_blocks(rng_key: Array, start: Start, partition: Partition, init_strate
     points = _generic_points(rng_key, start, probe, init_strategy)
     blocks = partition(probe, points, sites.num_terms, sites.units)
     faults.warn_of([faults.labels_from_one(_without_first_data(sites, blocks))])
-    return blocks
+    return add_up(blocks, sites.term_shapes)
 
 
 def _without_first_data(sites: Sites, blocks: Blocks) -> list[str]:
@@ -258,12 +259,13 @@ def starts_from_prior(target: Target, init_strategy: Callable | None) -> bool:
     return target.sites.can_draw_prior and init_strategy is None
 
 
-def refuse_hopeless(start: Start, terms: Array | np.ndarray) -> None:
+def refuse_hopeless(start: Start, terms: Array | np.ndarray, sums: Sums = NO_SUMS) -> None:
     """Raise if no particle has a finite energy.
 
     Args:
         start: The target.
         terms: [N, K] energy terms.
+        sums: How they have been added up.
 
     Raises:
         ValueError: The message names the site.
@@ -273,14 +275,14 @@ def refuse_hopeless(start: Start, terms: Array | np.ndarray) -> None:
     finite = np.isfinite(np.asarray(terms))
     if np.any(np.all(finite, 1)):
         return
-    first = 0
-    for name, size, _ in start.target.sites.terms:
+    first, what = 0, "sums of terms" if sums.sites else "terms"
+    for name, size, _ in start.target.adding_up(sums).sites.terms:
         bad = ~finite[:, first : first + size].any(0)
         first += size
         if bad.any():
             raise ValueError(
                 f"Site '{name}' has no finite log density at any starting point: {int(bad.sum())} of its {size} "
-                "terms are NaN or infinite for every particle. Look for NaN or impossible values in the data that "
+                f"{what} are NaN or infinite for every particle. Look for NaN or impossible values in the data that "
                 "reach it, or start the parameters elsewhere with init_params."
             )
     raise ValueError(

@@ -64,12 +64,14 @@ class HMC(InvariantKernel):
         uniform = noise.uniform.reshape(2, blocks.num_blocks)
         eps = blocks.to_coordinates(step.size * (1 - self.jitter * uniform[0]))
 
-        def leapfrog(state: tuple[Point, Array], _: None) -> tuple[tuple[Point, Array], None]:
-            here, p = state
-            p = p - eps / 2 * L.apply_transpose(here.grad, blocks)
+        def leapfrog(state: tuple[Point, Array, Array], _: None) -> tuple[tuple[Point, Array, Array], None]:
+            here, slope, p = state
+            p = p - eps / 2 * slope
             here = potential.evaluate(here.x + L.apply(eps * p, blocks))
-            return (here, p - eps / 2 * L.apply_transpose(here.grad, blocks)), None
+            slope = L.apply_transpose(here.grad, blocks)
+            return (here, slope, p - eps / 2 * slope), None
 
-        (proposal, end), _ = lax.scan(leapfrog, (point, noise.normal), None, length=self.num_leapfrog)
+        start = point, L.apply_transpose(point.grad, blocks), noise.normal
+        (proposal, _, end), _ = lax.scan(leapfrog, start, None, length=self.num_leapfrog)
         log_ratio = 0.5 * blocks.sum_coordinates(noise.normal**2 - end**2)
         return accept(jnp.log(uniform[1]), log_ratio, point, proposal, blocks)

@@ -26,8 +26,8 @@ from numpyro_smcopt.reporting.islands import Islands, Tally, temper_island, weig
 from numpyro_smcopt.reporting.reference import Reference, fit_reference
 from numpyro_smcopt.reporting.transport import Moved, Transport, laplace_transport, moved_terms
 from numpyro_smcopt.target import Target, flat_terms
-from numpyro_smcopt.types import Array, Params, Theta
 from numpyro_smcopt.traces import traced_once
+from numpyro_smcopt.types import Array, Params, Theta
 from numpyro_smcopt.uncertainty import along_each, louis_information
 from numpyro_smcopt.weights import effective_sample_size
 

@@ -113,6 +113,7 @@ def fit_reference(terms_fn: Callable[[Array], Array], x: Array, log_weights: Arr
     mean = jnp.einsum("nb,nbi->bi", weights, z)
     centred = z - mean
     covariance = jnp.einsum("nb,nbi,nbj->bij", weights, centred, centred)
+    covariance = covariance + jnp.where(present, 0.0, 1.0)[..., None] * eye  # what is padded has no volume
     spread = jnp.linalg.cholesky(share[..., None] * covariance + (1 - share[..., None]) * eye)
     sound = jnp.all(jnp.isfinite(spread), (1, 2)) & jnp.all(jnp.isfinite(mean), 1)
     spread = jnp.where(sound[:, None, None], spread, eye)

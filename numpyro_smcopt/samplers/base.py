@@ -110,8 +110,10 @@ class Sampler(abc.ABC):
         """Loss and gradient at ``theta``."""
 
     @abc.abstractmethod
-    def adopt(self, target: Target, theta: Theta, particles: Any) -> Any:
-        """The samples under the data of ``target``."""
+    def adopt(
+        self, rng_key: Array, target: Target, theta: Theta, particles: Any, blocks: Blocks
+    ) -> tuple[Any, Array | bool]:
+        """The samples under the data of ``target``, and whether these contradict the partition."""
 
     @abc.abstractmethod
     def controls(self, particles: Any) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from jax import lax, random
 from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.algorithms import budget
 from numpyro_smcopt.algorithms.gradients import default_theta_step, surrogate_gradient, surroundings
-from numpyro_smcopt.algorithms.particles import equal_draws, evaluator, gather
+from numpyro_smcopt.algorithms.particles import added_up, blocks_are_wrong, equal_draws, evaluator, gather
 from numpyro_smcopt.algorithms.start import (
     Start,
     first_cloud,
@@ -132,7 +132,7 @@ class Chains(Sampler):
         num = num_particles or budget.default_num_particles(target.work(theta), control_variates=likelihood)
         first = start.call(("first", num), self._first(num), key_cloud, theta, blocks, mode)
         particles, num_unfinished, num_stages = first
-        refuse_hopeless(start, particles.points.terms)
+        refuse_hopeless(start, particles.points.terms, blocks.sums)
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
         return Begun(theta, particles, blocks)
 
@@ -140,6 +140,7 @@ class Chains(Sampler):
         def first(
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[ChainState, Array, Array]:
+            target, blocks = added_up(target, blocks)
             kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
             cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
             points = cloud.points
@@ -172,6 +173,7 @@ class Chains(Sampler):
         self, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, num_updates: Array
     ) -> Surroundings:
         """See `Sampler.surroundings`."""
+        target, blocks = added_up(target, blocks)
         _, flat, _ = flat_terms(target, theta)
         around = surroundings(target, theta, flat, particles.points, particles.log_weights, blocks, num_updates)
         # Particles without weights have to follow: theta goes as far in a time of relaxation as one step may go. In the
@@ -193,6 +195,7 @@ class Chains(Sampler):
     ) -> tuple[ChainState, dict[str, Array]]:
         """See `Sampler.advance`."""
         del objective
+        target, blocks = added_up(target, blocks)
         points, num = particles.points, particles.points.x.shape[0]
         adjusted = isinstance(self.kernel, InvariantKernel)
         evaluate = evaluator(target, theta, points.score is not None)
@@ -252,6 +255,7 @@ class Chains(Sampler):
         self, rng_key: Array, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, objective: Objective
     ) -> Assessed:
         """See `Sampler.assess`."""
+        target, blocks = added_up(target, blocks)
         change = particles.log_evidence_change
         log_evidence = particles.log_evidence_start + change
         cloud = Cloud(*particles.points[:3], particles.log_weights, blocks, log_evidence, change)
@@ -261,18 +265,14 @@ class Chains(Sampler):
         masked = jnp.asarray(estimate.num_masked, jnp.int32)
         return Assessed(gradient, estimate.loss, curvature, estimate.diagnostics, masked)
 
-    def adopt(self, target: Target, theta: Theta, particles: ChainState) -> ChainState:
+    def adopt(
+        self, rng_key: Array, target: Target, theta: Theta, particles: ChainState, blocks: Blocks
+    ) -> tuple[ChainState, Array]:
         """See `Sampler.adopt`."""
+        target, blocks = added_up(target, blocks)
         points = particles.points
-        have = (points.x.shape[1], points.terms.shape[1])
-        need = (target.sites.num_latents, target.sites.num_terms)
-        if have != need:
-            raise ValueError(
-                f"The state has {have[0]} latents and {have[1]} energy terms, but with these arguments the model has "
-                f"{need[0]} and {need[1]}. Data of another shape need a new init."
-            )
         again = jax.vmap(evaluator(target, theta, points.score is not None))(points.x)
-        return particles._replace(points=again)
+        return particles._replace(points=again), blocks_are_wrong(rng_key, target, theta, points.x, blocks)
 
     def controls(self, particles: ChainState) -> dict[str, Array]:
         """See `Sampler.controls`."""

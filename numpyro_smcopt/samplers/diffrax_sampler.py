@@ -163,10 +163,12 @@ class DiffraxSampler(Sampler):
         flat, _ = ravel_pytree(theta)
         return Surroundings(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
 
-    def adopt(self, target: Target, theta: Theta, particles: Seeds) -> Seeds:
+    def adopt(
+        self, rng_key: Array, target: Target, theta: Theta, particles: Seeds, blocks: Blocks
+    ) -> tuple[Seeds, bool]:
         """See `Sampler.adopt`."""
-        del target, theta
-        return particles
+        del rng_key, target, theta, blocks
+        return particles, False
 
     def controls(self, particles: Seeds) -> dict[str, Array]:
         """See `Sampler.controls`."""

@@ -288,10 +288,12 @@ class EulerMaruyama(Sampler):
         flat, _ = ravel_pytree(theta)
         return Surroundings(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
 
-    def adopt(self, target: Target, theta: Theta, particles: Queue) -> Queue:
+    def adopt(
+        self, rng_key: Array, target: Target, theta: Theta, particles: Queue, blocks: Blocks
+    ) -> tuple[Queue, bool]:
         """See `Sampler.adopt`."""
-        del target, theta
-        return particles
+        del rng_key, target, theta, blocks
+        return particles, False
 
     def controls(self, particles: Queue) -> dict[str, Array]:
         """See `Sampler.controls`."""

@@ -24,6 +24,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
+from numpyro_smcopt.sums import NO_SUMS, Sums
 from numpyro_smcopt.target.arguments import strong
 from numpyro_smcopt.target.sites import Sites, read_sites
 from numpyro_smcopt.target.tracing import (
@@ -52,6 +53,7 @@ class Target:
         sites: What `read_sites` found.
         validate: Whether distributions check parameters and observations (a failed check is a NaN).
         attached: Further arrays that belong to the problem, such as the data of an objective; traced as data are.
+        sums: How the terms are added up; ``sites`` are then those of the sums. See `adding_up`.
     """
 
     model: Model
@@ -60,7 +62,18 @@ class Target:
     sites: Sites
     validate: bool = False
     attached: Any = ()
+    sums: Sums = NO_SUMS
     _traced: dict[Any, Callable] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def adding_up(self, sums: Sums) -> "Target":
+        """The same target, whose energy terms are sums of the present ones."""
+        if not sums.sites:
+            return self
+        shapes = tuple(site.kept for site in sums.sites)
+        terms = tuple(
+            (name, math.prod(shape), prior) for (name, _, prior), shape in zip(self.sites.terms, shapes, strict=True)
+        )
+        return dataclasses.replace(self, sites=self.sites._replace(terms=terms, term_shapes=shapes), sums=sums)
 
     def terms(self, theta: Theta, x: Array) -> Array:
         """Energy terms of one particle.
@@ -100,10 +113,15 @@ class Target:
             model = handlers.substitute(self.model, substitute_fn=value_of)
             if self.sites.enumerated:
                 pairs = enumerated_terms(model, self.args, self.kwargs, self.sites.latents)
-                return jnp.concatenate([-jnp.ravel(v) for pair in zip(*pairs, strict=True) for v in pair])
+                return self._joined([-v for pair in zip(*pairs, strict=True) for v in pair])
             trace = trace_model(model, self.args, self.kwargs, random.key(0))
-        pieces = [-jnp.ravel(log_prob_of(site)) for site in trace.values() if site["type"] == "sample"]
-        return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
+        return self._joined([-log_prob_of(site) for site in trace.values() if site["type"] == "sample"])
+
+    def _joined(self, pieces: list[Array]) -> Array:
+        """The terms of all sites in one vector, added up if they shall be."""
+        if self.sums.sites:
+            pieces = [site.add(piece) for site, piece in zip(self.sums.sites, pieces, strict=True)]
+        return jnp.concatenate([jnp.ravel(piece) for piece in pieces]) if pieces else jnp.zeros(0)
 
     def program(self, theta: Theta) -> Any:
         """The energy as a jaxpr: leaves of theta and one particle in, terms out."""

@@ -43,6 +43,7 @@ class Sites(NamedTuple):
     params: tuple[str, ...]
     latents: dict[str, LatentSite]
     terms: tuple[tuple[str, int, bool], ...]  # (site, number of terms, whether it belongs to the prior)
+    term_shapes: tuple[tuple[int, ...], ...]  # of the terms of each
     enumerated: bool
     can_draw_prior: bool
     observed: tuple[str, ...] = ()  # sites with observations; factors are none
@@ -141,30 +142,32 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
             f"There are no observations: the data of {', '.join(map(repr, data))} are empty. Pass data of at least one "
             "element."
         )
-    sites = Sites(params, latents, (), bool(discrete), not improper, observed, num_observations)
-    return sites._replace(terms=_read_terms(model, args, kwargs, sites, trace))
+    sites = Sites(params, latents, (), (), bool(discrete), not improper, observed, num_observations)
+    found_terms = _read_terms(model, args, kwargs, sites, trace)
+    terms = tuple((name, math.prod(shape), prior) for name, shape, prior in found_terms)
+    return sites._replace(terms=terms, term_shapes=tuple(shape for _, shape, _ in found_terms))
 
 
 def _read_terms(
     model: Model, args: tuple, kwargs: dict, sites: Sites, trace: dict
-) -> tuple[tuple[str, int, bool], ...]:
-    found: list[tuple[str, int, bool]] = []
+) -> list[tuple[str, tuple[int, ...], bool]]:
+    found: list[tuple[str, tuple[int, ...], bool]] = []
 
     def probe(x: Array, rng_key: Array) -> None:
         latents = sites.unravel(x)
         bound = handlers.substitute(model, substitute_fn=substitution({}, latents))
         if sites.enumerated:
             for prior, rest in zip(*enumerated_terms(bound, args, kwargs, latents), strict=True):
-                found.extend([("prior", prior.size, True), (ENUMERATED, rest.size, False)])
+                found.extend([("prior", prior.shape, True), (ENUMERATED, rest.shape, False)])
             return
         for name, site in trace_model(bound, args, kwargs, rng_key, validate=False).items():
             if site["type"] == "sample":
                 if site["is_observed"] and name in trace:
                     check_observed(name, site)
-                found.append((name, math.prod(jnp.shape(log_prob_of(site))), is_prior(name, latents)))
+                found.append((name, jnp.shape(log_prob_of(site)), is_prior(name, latents)))
 
     jax.eval_shape(probe, jax.ShapeDtypeStruct((sites.num_latents,), jnp.result_type(float)), random.key(0))
-    return tuple(found)
+    return found
 
 
 def _is_free(name: str, trace: dict) -> bool:

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""The two numbers that describe a block with momentum, from either description, and what is refused.
+"""What `MomentumParticleMLE` may be given: two numbers per block, from either description, and what is refused.
 
 step size h = dt / gamma,       momentum mu = exp(-z),       damping z = gamma eta dt
 """
@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from numpyro_smcopt.kernels.underdamped import IntegratorFn, stability_limit
+from numpyro_smcopt.algorithms import faults
+from numpyro_smcopt.algorithms.settings import check_number
+from numpyro_smcopt.kernels import Preconditioning
+from numpyro_smcopt.kernels.underdamped import IntegratorFn, Pace, VelocityKernel, stability_limit
+from numpyro_smcopt.latent_momentum import LARGEST_TOLERANCE
 from numpyro_smcopt.theta_momentum import Number
 
 BISECTIONS = 40
@@ -66,11 +70,11 @@ def two_numbers(
                 "both must be positive and finite."
             )
         return numbers
-    shown = _first(step_size)
+    shown = _first(f"{block}step_size", step_size)
     warming_up = callable(step_size) and shown == 0
     if step_size is not None and not (_is_number(shown) and 0 < shown < math.inf or warming_up):
         raise ValueError(f"{block}step_size must be a positive number or a schedule of such, got {shown!r}.")
-    shown = _first(momentum)
+    shown = _first(f"{block}momentum", momentum)
     if momentum is not None and not (_is_number(shown) and 0 <= shown < 1):
         raise ValueError(
             f"{block}momentum must lie in [0, 1), got {shown!r}: it is the share of the velocity that is left "
@@ -85,9 +89,16 @@ def two_numbers(
     return step_size, -math.log(momentum) if momentum > 0 else math.inf
 
 
-def _first(value: Number) -> Any:
+def _first(name: str, value: Number) -> Any:
     """A number, or what a schedule begins with."""
-    return value(np.zeros((), np.int32)) if callable(value) else value  # type: ignore[arg-type]
+    if not callable(value):
+        return value
+    try:
+        return value(np.zeros((), np.int32))  # type: ignore[arg-type]
+    except Exception as error:
+        raise TypeError(
+            f"{name} must be a number, or a function of the number of updates, but {value!r} fails at 0: {error}."
+        ) from error
 
 
 def _is_number(value: Any) -> bool:
@@ -99,7 +110,27 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
-def stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
+def unstable_argument(
+    block: str, going: Pace, scheme: IntegratorFn, excess: float, coupled: bool, time_step: float | None
+) -> str:
+    """The message about a step that is too long, with the limit of the argument that makes it.
+
+    Args:
+        block: Prefix of the arguments' names.
+        going: The pace of the block.
+        scheme: Makes the numbers of a step.
+        excess: How many times larger ``h`` is than stable at the same ``z``.
+        coupled: Whether ``z`` is proportional to ``h``.
+        time_step: ``dt``, if the block was described by it.
+    """
+    step_size, damping = float(np.max(going.step_size)), float(np.max(going.damping))
+    share = _stable_share(scheme, step_size, damping, excess, coupled or time_step is not None)
+    if time_step is not None:
+        return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
+    return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
+
+
+def _stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
     """By what a step has to be multiplied to be stable.
 
     Args:
@@ -117,6 +148,31 @@ def stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess:
         middle = (stable + unstable) / 2
         stable, unstable = (middle, unstable) if curvature < limit(middle) else (stable, middle)
     return stable
+
+
+def check_moves(preconditioning: Any, kernel: Any, averaging: Any, bias_tolerance: Any) -> None:
+    """Refuse what moves no particles with a velocity, and numbers that are out of range."""
+    if bias_tolerance is not None:
+        check_number("bias_tolerance", bias_tolerance)
+    if averaging is not None:
+        check_number("averaging", averaging)
+    if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
+        raise TypeError(
+            "preconditioning must be an object from numpyro_smcopt.kernels.preconditioners, such as diagonal, got "
+            f"{preconditioning!r}."
+        )
+    if kernel is not None and not isinstance(kernel, VelocityKernel):
+        raise TypeError(
+            "kernel must move particles that have a velocity: kernels.Underdamped() or "
+            f"kernels.MetropolisUnderdamped(), got {kernel!r}. Other kernels are for SMCOptimizer."
+        )
+    if averaging is not None and not averaging >= 0:
+        raise ValueError(f"averaging must be a power of at least 0, or None for the last iterate, got {averaging!r}.")
+    if bias_tolerance is not None and not 0 < bias_tolerance <= LARGEST_TOLERANCE:
+        raise ValueError(
+            f"bias_tolerance is a relative bias within (0, {LARGEST_TOLERANCE:g}], got {bias_tolerance!r}. Steps "
+            "for a larger one would come too near to where moves diverge; to try them, give a latent_step_size."
+        )
 
 
 def check_preconditioner(preconditioner: Any) -> None:
