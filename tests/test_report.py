@@ -309,6 +309,28 @@ def test_a_leaf_that_a_prior_has_replaced_is_no_parameter():
     np.testing.assert_allclose(report.standard_errors["net$params"]["bias"], [precision**-0.5], rtol=1e-3)
 
 
+def test_parameters_in_a_tree_have_standard_errors():
+    def model(x, y):
+        line = numpyro.param("line", {"intercept": 0.0, "slopes": jnp.zeros(2)})
+        sigma = numpyro.param("sigma", 1.0, constraint=constraints.positive)
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(line["intercept"] + x @ line["slopes"], sigma), obs=y)
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((30, 2))
+    y = 2.0 + x[:, 0] + rng.standard_normal(30)
+    design = np.column_stack([np.ones(30), x])
+    best = np.linalg.lstsq(design, y, rcond=None)[0]
+    sigma = np.std(y - design @ best)
+    exact = sigma * np.sqrt(np.diag(np.linalg.inv(design.T @ design)))
+    params = {"line": {"intercept": best[0], "slopes": best[1:]}, "sigma": sigma}
+    optimizer = SMCOptimizer(model)
+    report = optimizer.summarize(random.key(1), optimizer.init(random.key(0), x, y, init_params=params))
+    assert report.names == ("line.intercept", "line.slopes[0]", "line.slopes[1]", "sigma")
+    found = report.standard_errors["line"]
+    np.testing.assert_allclose([found["intercept"], *found["slopes"]], exact, rtol=1e-3)
+
+
 @pytest.mark.parametrize("latent", [True, False])
 def test_a_year_and_its_intercept_are_told_apart(latent):
     """(sd / mean)^2 / 2 = 1e-5 of the information on each is its own."""

@@ -18,7 +18,7 @@ from numpyro_smcopt.types import Params
 
 FLAT = 0.05  # information on a log or logit scale, below which a maximum is looked for at the boundary
 FAR = 3.0  # how far towards the boundary that is, on that scale
-RISE = 0.01  # nats that the likelihood may fall on the way
+RISE = 0.01  # nats that the likelihood may fall on the way, or rise on the way back, beyond its error
 PROFILE_DROP = 4.0  # nats down to which the profile likelihood is followed
 PROFILE_POINTS = 12
 PROFILE_TARGET = 0.3  # where the first interesting point of the profile is
@@ -161,7 +161,8 @@ def _boundaries(
     assert slopes is not None
     constraints = found.fixed.constraints
     elementwise = {
-        name: np.ones(np.shape(leaf)) * acts_elementwise(constraints[name]) for name, leaf in found.fixed.theta.items()
+        name: jax.tree.map(lambda leaf, each=acts_elementwise(constraints[name]): np.full(np.shape(leaf), each), tree)
+        for name, tree in found.fixed.theta.items()
     }
     can_be = found.fixed.bounded & (ravel(elementwise) > 0)
     information = np.diag(slopes.information.mean(0))
@@ -200,21 +201,20 @@ def _profile(
     flat = ravel(found.fixed.theta)
     held = np.arange(len(flat)) == k
 
-    def at(value: float) -> tuple[float, float]:
+    def at(value: float) -> tuple[np.ndarray, float]:
         theta = np.where(held, value, flat)
-        params = constrained(theta, found)
-        there = explore(params)
+        there = explore(constrained(theta, found))
         slopes = there.slopes
         assert slopes is not None
         curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held, complete)
         score = slopes.score.mean(0)
-        adjusted = there.log_evidence + score @ curvature.covariance @ score / 2
-        return float(ravel(params)[k]), float(adjusted)
+        follow = -curvature.covariance @ score
+        return theta + follow, float(there.log_evidence - score @ follow / 2)
 
-    here, values, heights = float(flat[k]), [], []
+    here, thetas, heights = float(flat[k]), [], []
     for _ in range(PROFILE_POINTS):
-        value, height = at(here)
-        values.append(value)
+        theta, height = at(here)
+        thetas.append(theta)
         heights.append(height)
         drop = max(heights) - height
         if not np.isfinite(drop) or drop > PROFILE_DROP:
@@ -222,9 +222,14 @@ def _profile(
         # Near the boundary the drop grows like the square of a scale, that is by 2 on its logarithm.
         wanted = np.log(max(PROFILE_TARGET, 2 * drop) / max(drop, TINY_DROP)) / 2
         here += direction * float(np.clip(wanted, SHORTEST_STEP, LONGEST_STEP))
+    values = np.asarray([ravel(constrained(theta, found))[k] for theta in thetas])
     drops = np.maximum.accumulate(max(heights) - np.asarray(heights))
     limit = ravel(constrained(np.where(held, -direction * np.inf, flat), found))[k]
-    return Boundary(float(limit), np.asarray(values), drops)
+    top, rise = int(np.argmax(heights)), 0.0
+    if heights[top] - heights[0] > RISE:
+        there = explore(constrained(thetas[top], found))
+        rise = there.log_evidence - heights[0] - 3 * float(np.hypot(there.std, found.std))
+    return Boundary(float(limit), values, drops, (float(values[top]), rise) if rise > RISE else None)
 
 
 # -- Laplace's maximum ---------------------------------------------------------------------------------------------
@@ -294,6 +299,11 @@ def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], name
             f"{names[k]} is at the boundary of its support ({boundary.bound:g}): it has a one-sided interval and no "
             "standard error; the other standard errors hold it there."
         )
+        if boundary.higher is not None:
+            warnings.append(
+                f"That is not the maximum: the log likelihood is higher by at least {boundary.higher[1]:.2f} where "
+                f"{names[k]} is {boundary.higher[0]:.3g}. Start there, with init_params."
+            )
     if curvature.indefinite:
         warnings.append(
             "The likelihood curves upwards in some direction: this is no maximum. Run more updates, or from another "

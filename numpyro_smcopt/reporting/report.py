@@ -26,11 +26,14 @@ class Boundary:
         bound: The boundary, on the constrained scale.
         values: [J] constrained values, from near the boundary on.
         drops: [J] by how much the profile log likelihood lies below its maximum there.
+        higher: Where the likelihood is higher than at the boundary, a constrained value, and by how many nats at least;
+            None if it is not.
     """
 
     bound: float
     values: np.ndarray
     drops: np.ndarray
+    higher: tuple[float, float] | None = None
 
     def limit(self, level: float) -> float:
         """End of the one-sided interval: the likelihood ratio there is significant at ``1 - level``.
