@@ -160,8 +160,9 @@ def _boundaries(
     slopes, flat = found.slopes, ravel(found.fixed.theta)
     assert slopes is not None
     constraints = found.fixed.constraints
+    alone = {name: acts_elementwise(constraint) for name, constraint in constraints.items()}
     elementwise = {
-        name: jax.tree.map(lambda leaf, each=acts_elementwise(constraints[name]): np.full(np.shape(leaf), each), tree)
+        name: jax.tree.map(lambda leaf, name=name: np.full(np.shape(leaf), alone[name]), tree)
         for name, tree in found.fixed.theta.items()
     }
     can_be = found.fixed.bounded & (ravel(elementwise) > 0)
