@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits_diffusion import model, tuner  # noqa: E402
 
 from numpyro_smcopt import ImplicitDiffusion
+from numpyro_smcopt.potential import make_target
 from numpyro_smcopt.samplers import Gradient, Paths
-from numpyro_smcopt.target import make_target
 
 MEBIBYTE = 2**20
 

@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from updates import model
 
 from numpyro_smcopt import MomentumParticleMLE, one_block
-from numpyro_smcopt.target import make_target
+from numpyro_smcopt.potential import make_target
 
 NUM_PARTICLES = (10, 100, 1_000, 10_000)
 NUM_LATENTS = (10, 100)

@@ -22,8 +22,8 @@ from momentum_bank import load
 
 from numpyro_smcopt import SMCOptimizer
 from numpyro_smcopt.adaptation import BisectedLimit, FirstOrderLimit
-from numpyro_smcopt.algorithms.gradients import step_probe
-from numpyro_smcopt.target import flat_terms
+from numpyro_smcopt.population.gradients import step_probe
+from numpyro_smcopt.potential import flat_terms
 from numpyro_smcopt.weights import kept_fraction, weighted_variance
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

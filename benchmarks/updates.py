@@ -30,9 +30,9 @@ from jax import lax, random
 from numpyro.distributions import constraints
 
 from numpyro_smcopt import SMCOptimizer, one_block
-from numpyro_smcopt.algorithms.programs import compiler_options
 from numpyro_smcopt.kernels import MALA, ULA, Preconditioning
-from numpyro_smcopt.noise import draw_noise
+from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.runs.compilation import compiler_options
 
 SIZES = [(n, d) for n in (100, 1_000, 10_000) for d in (10, 100, 1_000)]
 

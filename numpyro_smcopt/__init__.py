@@ -43,16 +43,17 @@ Map of the package, from the top down:
 
 from numpyro_smcopt import handlers, kernels, objectives, resampling, samplers
 from numpyro_smcopt.algorithms.implicit_diffusion import ImplicitDiffusion
-from numpyro_smcopt.algorithms.momentum_particle_mle import Damping, MomentumParticleMLE
+from numpyro_smcopt.algorithms.momentum.momentum_particle_mle import Damping, MomentumParticleMLE
 from numpyro_smcopt.algorithms.smc_optimizer import SMCOptimizer
-from numpyro_smcopt.blocks import find_blocks, one_block
+from numpyro_smcopt.block_search import find_blocks
+from numpyro_smcopt.blocks import one_block
 from numpyro_smcopt.comparison import compare, likelihood_ratio_test
-from numpyro_smcopt.convergence import EarlyStop
 from numpyro_smcopt.evidence import LogEvidence, log_evidence
 from numpyro_smcopt.inference_data import to_arviz
+from numpyro_smcopt.potential import latents_to_params
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult, Runs, Status
-from numpyro_smcopt.target import latents_to_params
+from numpyro_smcopt.runs.convergence import EarlyStop
 
 __version__ = "0.1.0"
 

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt import laplace
-from numpyro_smcopt.algorithms import budget, faults
-from numpyro_smcopt.algorithms.programs import Program
-from numpyro_smcopt.algorithms.start import Start, draw_particles, first_cloud, refuse_hopeless, start_blocks
-from numpyro_smcopt.blocks import Blocks, Partition, find_blocks
+from numpyro_smcopt import faults, laplace
+from numpyro_smcopt.block_search import find_blocks
+from numpyro_smcopt.blocks import Blocks, Partition
 from numpyro_smcopt.kernels import HMC, InvariantKernel
-from numpyro_smcopt.reporting.exploration import Cloud, about_draws, explore
-from numpyro_smcopt.reporting.reference import SIZE
-from numpyro_smcopt.target import (
+from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.start import Start, draw_particles, first_cloud, refuse_hopeless, start_blocks
+from numpyro_smcopt.potential import (
     StaticArguments,
     Target,
     check_init_params,
@@ -36,6 +34,9 @@ from numpyro_smcopt.target import (
     split_arguments,
     strong,
 )
+from numpyro_smcopt.reporting.exploration import Cloud, about_draws, explore
+from numpyro_smcopt.reporting.reference import SIZE
+from numpyro_smcopt.runs.compilation import Program
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 REMEMBERED_MODELS = 32  # whose compiled programs are kept

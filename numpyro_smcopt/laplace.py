@@ -31,9 +31,9 @@ import numpy as np
 from jax import lax
 
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.tempering import Curvature
+from numpyro_smcopt.information import Information, louis_information
+from numpyro_smcopt.kernels.preconditioners import Curvature
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.uncertainty import Information, louis_information
 
 MAX_NUMBERS = 4_000_000  # B M^2 up to which Hessian blocks are affordable
 MAX_WIDTH = 1200

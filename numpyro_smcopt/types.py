@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 Array: TypeAlias = jax.Array
 """A JAX array (or tracer)."""
@@ -36,3 +37,30 @@ TermsFn: TypeAlias = Callable[[Array], Array]
 
 Model: TypeAlias = Callable[..., Any]
 """A callable that contains NumPyro primitives."""
+
+
+def positive(name: str, number: Any) -> int:
+    """A positive integer, or a ValueError that names the argument."""
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        shape = getattr(number, "shape", ())
+        got = f"an array of shape {shape}" if shape else repr(number)  # data, where the number was left out
+        raise ValueError(f"{name} must be a positive integer, got {got}.")
+    return int(number)
+
+
+def whole_or_none(name: str, number: Any) -> int | None:
+    """`positive`, or None where the algorithm is to choose."""
+    return None if number is None else positive(name, number)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no real number; a TypeError names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+
+
+def check_functions(**arguments: Any) -> None:
+    """Refuse arguments that are neither None nor functions; a TypeError names the argument."""
+    for name, value in arguments.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function, got {value!r}.")

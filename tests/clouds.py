@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.blocks import find_blocks, one_block
+from numpyro_smcopt.block_search import find_blocks
+from numpyro_smcopt.blocks import one_block
 from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Preconditioner, Step
-from numpyro_smcopt.noise import draw_noise
+from numpyro_smcopt.random_numbers import draw_noise
 from numpyro_smcopt.resampling import systematic, when_ess_below
 from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
 

@@ -15,7 +15,7 @@ from numpyro.distributions import constraints
 
 from numpyro_smcopt.blocks import one_block
 from numpyro_smcopt.objectives import Cloud, Scene, term_coefficients
-from numpyro_smcopt.target import make_target
+from numpyro_smcopt.potential import make_target
 
 THETA, REFERENCE = 0.7, 0.2
 GRID = np.linspace(-9.0, 9.0, 20_001)

@@ -15,10 +15,11 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 
+from numpyro_smcopt import block_search as search
 from numpyro_smcopt import blocks as blocks_module
 from numpyro_smcopt import find_blocks, one_block
-from numpyro_smcopt.blocks import dependence_violated
-from numpyro_smcopt.target import make_target
+from numpyro_smcopt.block_search import dependence_violated
+from numpyro_smcopt.potential import make_target
 
 CLASS = np.repeat(np.arange(6), 2)  # 12 pupils
 SCHOOL_OF_CLASS = np.array([0, 0, 1, 1, 2, 2])
@@ -190,7 +191,7 @@ def test_every_term_is_with_the_latents_that_it_depends_on(found):
 
 @pytest.mark.parametrize("model", [*MISGUESSED, crossed, slopes_in_two_sites, persons_by_items])
 def test_what_cannot_be_searched_coordinate_by_coordinate_is_one_block_or_the_guess(model, monkeypatch):
-    monkeypatch.setattr(blocks_module, "SEARCH_LIMIT", 0)
+    monkeypatch.setattr(search, "SEARCH_LIMIT", 0)
     target, terms_fn = ingredients(model)
     points = generic_points(target.sites.num_latents)
     blocks = find_blocks(probe_of(terms_fn), points, target.sites.num_terms, target.sites.units)
@@ -293,7 +294,7 @@ def test_sums_and_layouts_against_numpy(num_blocks, num, num_terms, batch):
     rng = np.random.default_rng(2)
     own = np.concatenate([np.arange(num_blocks), rng.integers(0, num_blocks, num - num_blocks)])
     of_coordinate, of_term = rng.permutation(own), rng.integers(0, num_blocks + (num_blocks > 1), num_terms)
-    blocks = blocks_module._blocks(of_coordinate, of_term, num_blocks)
+    blocks = blocks_module.make_blocks(of_coordinate, of_term, num_blocks)
     terms = rng.normal(size=(*batch, len(of_term))).astype(np.float32)
     x = rng.normal(size=(*batch, len(of_coordinate))).astype(np.float32)
     per_block = rng.normal(size=(*batch, num_blocks)).astype(np.float32)
@@ -318,7 +319,7 @@ def test_sums_and_layouts_against_numpy(num_blocks, num, num_terms, batch):
 
 
 def test_block_sums_are_finite_where_another_block_is_not():
-    blocks = blocks_module._blocks(np.array([0, 1, 1]), np.array([0, 1, 1, 2]), 2)
+    blocks = blocks_module.make_blocks(np.array([0, 1, 1]), np.array([0, 1, 1, 2]), 2)
     terms = jnp.array([jnp.inf, 1.0, 2.0, jnp.nan])
     np.testing.assert_array_equal(blocks.sum_terms(terms), [jnp.inf, 3.0])
 
@@ -353,7 +354,7 @@ def test_a_single_observation_of_another_group_is_noticed_at_once(grouping, obse
 
 
 def test_a_free_term_that_meets_a_latent_is_noticed():
-    blocks = blocks_module._blocks(np.arange(2), np.array([0, 1, 2]), 2)
+    blocks = blocks_module.make_blocks(np.arange(2), np.array([0, 1, 2]), 2)
     terms_fn = lambda x: jnp.append(x**2, x[0])  # noqa: E731
     assert dependence_violated(terms_fn, jnp.ones(2), blocks, random.key(0))
 

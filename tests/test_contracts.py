@@ -59,7 +59,6 @@ from numpyro_smcopt.kernels import (
     preconditioners,
 )
 from numpyro_smcopt.kernels.preconditioners import Preconditioner
-from numpyro_smcopt.noise import Noise
 from numpyro_smcopt.objectives import (
     Cloud,
     EnergyBasedLikelihood,
@@ -69,6 +68,7 @@ from numpyro_smcopt.objectives import (
     Reward,
     term_coefficients,
 )
+from numpyro_smcopt.random_numbers import Noise
 from numpyro_smcopt.resampling import multinomial, residual, stratified, systematic
 
 STANDARD_ERRORS = 4.0

@@ -14,7 +14,7 @@ from jax import random
 from scipy import stats
 
 from numpyro_smcopt import log_evidence
-from numpyro_smcopt.algorithms.budget import TEMPERED_ISLANDS
+from numpyro_smcopt.population.budget import TEMPERED_ISLANDS
 from numpyro_smcopt.reporting import exploration, islands, reference
 
 SEEDS = range(10)

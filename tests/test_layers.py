@@ -17,60 +17,23 @@ import pytest
 NAME = "numpyro_smcopt"
 PACKAGE = Path(__file__).parents[1] / NAME
 
-# From top to bottom; a module may import from the layers below its own, not from its own. "room.*" stands for those
-# files of a room that are not named themselves, "room" for its __init__.py.
+# Rooms from top to bottom. A file or folder below the package is a room; its files import each other freely, as long as
+# there is no cycle, and anything from the rows below their own, but nothing from their own row or above.
 LAYERS = (
     {"__init__"},
-    {"inference_data", "plots", "comparison"},
+    {"inference_data", "plots", "comparison", "handlers"},
     {"evidence"},
-    {"algorithms", "handlers"},
-    {"algorithms.*"},
-    {"algorithms.base"},
-    {"algorithms.resuming"},
-    {"algorithms.many_runs"},
-    {"algorithms.running", "algorithms.summary", "algorithms.momentum_update"},
-    {"algorithms.contract", "algorithms.momentum_settings"},
-    {"reporting.assembly"},
-    {"reporting.laplace_fit"},
-    {"reporting.exploration"},
-    {"reporting.programs"},
-    {"samplers"},
-    {"samplers.*"},
-    {"samplers.base", "samplers.drifts", "samplers.paths"},
-    {"algorithms.start"},
-    {"algorithms.faults", "algorithms.journal"},
-    {"algorithms.gradients", "algorithms.safeguards"},
-    {
-        "algorithms.budget",
-        "algorithms.lost_particles",
-        "algorithms.particles",
-        "algorithms.programs",
-        "algorithms.settings",
-    },
-    {"reporting.islands", "reporting.transport"},
-    {"reporting.reference"},
-    {"latent_momentum"},
-    {"theta_momentum"},
-    {"objectives", "loop", "theta_step", "laplace"},
-    {"objectives.reward", "objectives.energy_based_likelihood", "objectives.path_kl"},
-    {"objectives.divergences", "objectives.marginal_likelihood"},
-    {"objectives.base", "objectives.samples"},
-    {"theta_step.*"},
-    {"theta_step.base"},
-    {"uncertainty", "tempering", "control_variates", "reporting.standard_errors"},
-    {"target", "results", "reporting.report", "checkpoint", "adaptation", "convergence", "minibatch"},
-    {"target.observed"},
-    {"target.energy", "target.latents_to_params", "target.svi_view"},
-    {"target.sites"},
-    {"target.arguments", "target.checks", "target.tracing"},
-    {"reporting"},
-    {"kernels"},
-    {"kernels.*"},
-    {"kernels.base"},
-    {"kernels.preconditioners", "resampling", "effects", "sharding"},
-    {"weights"},
+    {"algorithms"},
+    {"reporting", "samplers"},
+    {"runs"},
+    {"population"},
+    {"faults"},
+    {"objectives", "theta_step", "laplace"},
+    {"kernels", "adaptation"},
+    {"potential", "effects", "resampling", "control_variates", "information", "results"},
+    {"weights", "block_search"},
     {"blocks"},
-    {"noise", "traces", "branching", "sums"},
+    {"term_sums", "random_numbers", "traces", "branching"},
     {"types"},
 )
 
@@ -79,27 +42,27 @@ DEPENDENCIES = {"jax", "jaxlib", "numpy", "numpyro", "optax"}
 # Foreign names that only some files may use, by their longest listed prefix.
 # First the seams, then what is optional or comes with a dependency. "room.*" stands for every file of a room.
 OWNERS = {
-    "numpyro.infer.util": {"target.*"},
-    "numpyro.infer.Predictive": {"target.*"},
-    "numpyro.infer.log_likelihood": {"target.*"},
-    "numpyro.handlers": {"target.*", "effects"},
+    "numpyro.infer.util": {"potential.*"},
+    "numpyro.infer.Predictive": {"potential.*"},
+    "numpyro.infer.log_likelihood": {"potential.*"},
+    "numpyro.handlers": {"potential.*", "effects"},
     "numpyro.primitives": {"effects"},
-    "numpyro.primitives.Messenger": {"target.*", "effects"},  # to write a handler, not to touch the stack
-    "numpyro.sample": {"target.*", "effects"},
-    "numpyro.param": {"target.*", "effects"},
-    "numpyro.deterministic": {"target.*", "effects"},
-    "numpyro.factor": {"target.*", "effects"},
-    "numpyro.mutable": {"target.*", "effects"},
-    "numpyro.plate": {"target.*", "effects"},
-    "numpyro.contrib.funsor": {"target.*"},
+    "numpyro.primitives.Messenger": {"potential.*", "effects"},  # to write a handler, not to touch the stack
+    "numpyro.sample": {"potential.*", "effects"},
+    "numpyro.param": {"potential.*", "effects"},
+    "numpyro.deterministic": {"potential.*", "effects"},
+    "numpyro.factor": {"potential.*", "effects"},
+    "numpyro.mutable": {"potential.*", "effects"},
+    "numpyro.plate": {"potential.*", "effects"},
+    "numpyro.contrib.funsor": {"potential.*"},
     "diffrax": {"samplers.diffrax_sampler"},
     "lineax": {"samplers.diffrax_sampler"},
     "arviz": {"inference_data"},
     "xarray": {"inference_data"},  # comes with ArviZ
-    "funsor": {"target.*"},
+    "funsor": {"potential.*"},
     "matplotlib": {"plots"},
     "scipy": set(),  # jax.scipy serves
-    "tqdm": {"loop"},
+    "tqdm": {"runs.loop"},
 }
 
 BANNED_NAMES = {"util", "utils", "misc", "common", "helper", "helpers"}
@@ -116,14 +79,17 @@ def read_package(root):
     return modules
 
 
+def room_of(module):
+    """The file or folder below the package that a module is, or is in."""
+    return module.partition(".")[0]
+
+
 def layer_of(module):
     """Index of the layer of a module, counted from the top."""
-    room = module.partition(".")[0]
-    for name in (module, f"{room}.*" if "." in module else None):
-        for index, layer in enumerate(LAYERS):
-            if name in layer:
-                return index
-    raise ValueError(f"{module} has no layer: add it to LAYERS in {Path(__file__).name}")
+    for index, layer in enumerate(LAYERS):
+        if room_of(module) in layer:
+            return index
+    raise ValueError(f"{module} has no layer: add its room to LAYERS in {Path(__file__).name}")
 
 
 def imports_of(module, modules):
@@ -179,8 +145,19 @@ def upward_imports(modules):
         f"{module} imports {imported}"
         for module, imports in internal_imports(modules).items()
         for imported in imports
-        if layer_of(imported) <= layer_of(module)
+        if room_of(imported) != room_of(module) and layer_of(imported) <= layer_of(module)
     )
+
+
+def mutual_imports(modules):
+    """Pairs of rooms of which each imports the other, whatever the table says."""
+    graph = {(room_of(a), room_of(b)) for a, imports in internal_imports(modules).items() for b in imports}
+    return sorted((a, b) for a, b in graph if a < b and (b, a) in graph)
+
+
+def rows_without_a_room(modules):
+    """Names in the table that no file goes by."""
+    return sorted(set().union(*LAYERS) - {room_of(module) for module in modules})
 
 
 def misplaced_foreign_names(modules):
@@ -204,6 +181,14 @@ def modules():
 
 def test_imports_go_down(modules):
     assert upward_imports(modules) == []
+
+
+def test_no_two_rooms_import_each_other(modules):
+    assert mutual_imports(modules) == []
+
+
+def test_every_name_in_the_table_is_a_room(modules):
+    assert rows_without_a_room(modules) == []
 
 
 def test_imports_have_no_cycle(modules):
@@ -252,8 +237,8 @@ def test_rule_accepts_imports_of_every_form(package):
             "__init__.py": f"from {NAME} import kernels as kernels\nfrom .algorithms import SMCOptimizer\n",
             "algorithms/__init__.py": "from .smc_optimizer import SMCOptimizer\n",
             "algorithms/smc_optimizer.py": f"from {NAME}.algorithms import base\nfrom ..kernels import HMC\n",
-            "algorithms/base.py": f"import {NAME}.loop as loop\nfrom {NAME} import weights\n",
-            "loop.py": "import functools\nfrom tqdm.auto import trange\n",
+            "algorithms/base.py": f"import {NAME}.runs.loop as loop\nfrom {NAME} import weights\n",
+            "runs/loop.py": "import functools\nfrom tqdm.auto import trange\n",
             "kernels/__init__.py": "from .hamiltonian import HMC\n",
             "kernels/hamiltonian.py": "from .base import InvariantKernel\n",
             "kernels/base.py": "from ..types import Array\n",
@@ -263,30 +248,38 @@ def test_rule_accepts_imports_of_every_form(package):
         }
     )
     assert upward_imports(modules) == []
+    assert mutual_imports(modules) == []
     assert misplaced_foreign_names(modules) == []
     assert internal_imports(modules)["algorithms.smc_optimizer"] == {"algorithms.base", "kernels"}
-    assert internal_imports(modules)["algorithms.base"] == {"loop", "weights"}
+    assert internal_imports(modules)["algorithms.base"] == {"runs.loop", "weights"}
 
 
 @pytest.mark.parametrize(
     "path, source, complaint",
     [
-        ("weights.py", f"from {NAME}.target import Target\n", "weights imports target"),
-        ("kernels/base.py", "def f():\n    from ..target import Target\n", "kernels.base imports target"),
-        ("kernels/base.py", "from .langevin import ULA\n", "kernels.base imports kernels.langevin"),
-        ("kernels/langevin.py", "from .hamiltonian import HMC\n", "kernels.langevin imports kernels.hamiltonian"),
-        ("loop.py", f"import {NAME}\n", "loop imports __init__"),
+        ("weights.py", f"from {NAME}.potential import Target\n", "weights imports potential"),
+        ("kernels/base.py", "def f():\n    from ..runs import loop\n", "kernels.base imports runs.loop"),
+        ("effects.py", "from .potential import Target\n", "effects imports potential"),
+        ("runs/loop.py", f"import {NAME}\n", "runs.loop imports __init__"),
         (
             "types.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .loop import run\n",
-            "types imports loop",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .runs.loop import run\n",
+            "types imports runs.loop",
         ),
     ],
 )
 def test_rule_notices_an_import_that_does_not_go_down(package, path, source, complaint):
-    names = ("target.py", "loop.py", "types.py", "weights.py", "kernels/base.py")
-    others = dict.fromkeys((*names, "kernels/langevin.py", "kernels/hamiltonian.py"), "")
+    others = dict.fromkeys(("potential.py", "runs/__init__.py", "runs/loop.py", "types.py", "kernels/base.py"), "")
     assert upward_imports(package(others | {path: source})) == [complaint]
+
+
+def test_rule_notices_rooms_that_import_each_other(package):
+    files = {"runs/loop.py": "from ..kernels import HMC\n", "kernels/base.py": "from ..runs import loop\n"}
+    assert mutual_imports(package(files | {"runs/__init__.py": "", "kernels/__init__.py": ""})) == [("kernels", "runs")]
+
+
+def test_rule_notices_a_row_that_names_nothing(package):
+    assert "effects" in rows_without_a_room(package({"types.py": ""}))
 
 
 def test_rule_notices_a_module_without_a_layer(package):
@@ -297,16 +290,19 @@ def test_rule_notices_a_module_without_a_layer(package):
 @pytest.mark.parametrize(
     "path, source, complaint",
     [
-        ("loop.py", "from numpyro.infer import util\n", "loop uses numpyro.infer.util"),
-        ("loop.py", "import numpyro\nnumpyro.infer.util.f()\n", "loop uses numpyro.infer.util.f"),
-        ("loop.py", "import numpyro.handlers as h\n", "loop uses numpyro.handlers"),
-        ("loop.py", "from numpyro import handlers\nhandlers.trace(f)\n", "loop uses numpyro.handlers.trace"),
-        ("target/sites.py", "from numpyro.primitives import mutable\n", "target.sites uses numpyro.primitives.mutable"),
-        ("loop.py", "import numpyro as np\nnp.deterministic('a', 1)\n", "loop uses numpyro.deterministic"),
+        ("runs/run.py", "from numpyro.infer import util\n", "runs.run uses numpyro.infer.util"),
+        ("runs/run.py", "import numpyro\nnumpyro.infer.util.f()\n", "runs.run uses numpyro.infer.util.f"),
+        ("runs/run.py", "import numpyro.handlers as h\n", "runs.run uses numpyro.handlers"),
+        ("runs/run.py", "from numpyro import handlers\nhandlers.trace(f)\n", "runs.run uses numpyro.handlers.trace"),
+        (
+            "potential/sites.py",
+            "from numpyro.primitives import mutable\n",
+            "potential.sites uses numpyro.primitives.mutable",
+        ),
+        ("runs/run.py", "import numpyro as np\nnp.deterministic('a', 1)\n", "runs.run uses numpyro.deterministic"),
         ("plots.py", "def f():\n    import arviz\n", "plots uses arviz"),
-        ("loop.py", "from scipy.stats import norm\n", "loop uses scipy.stats.norm"),
-        ("loop.py", "import equinox\n", "loop uses equinox, which is no dependency"),
-        ("algorithms/start.py", "import numpyro.handlers\n", "algorithms.start uses numpyro.handlers"),
+        ("runs/loop.py", "from scipy.stats import norm\n", "runs.loop uses scipy.stats.norm"),
+        ("runs/loop.py", "import equinox\n", "runs.loop uses equinox, which is no dependency"),
     ],
 )
 def test_rule_notices_a_foreign_name_in_the_wrong_file(package, path, source, complaint):

@@ -15,20 +15,10 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_smcopt import effects
-from numpyro_smcopt.algorithms import resuming, running, summary
-from numpyro_smcopt.algorithms.contract import Algorithm, refuse_foreign
-from numpyro_smcopt.algorithms.journal import check_path
-from numpyro_smcopt.algorithms.particles import equal_draws, one_draw
-from numpyro_smcopt.algorithms.running import Plan
-from numpyro_smcopt.algorithms.settings import check_functions as check_functions
-from numpyro_smcopt.algorithms.settings import check_number as check_number
-from numpyro_smcopt.algorithms.settings import positive, stopping_rule
-from numpyro_smcopt.algorithms.settings import whole_or_none as whole_or_none
 from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.convergence import EarlyStop
-from numpyro_smcopt.reporting.report import Report
-from numpyro_smcopt.results import RunResult
-from numpyro_smcopt.target import (
+from numpyro_smcopt.population.evaluate import equal_draws, one_draw
+from numpyro_smcopt.potential import (
+    StaticArguments,
     SVIView,
     Target,
     axis_names,
@@ -39,7 +29,18 @@ from numpyro_smcopt.target import (
     pointwise_log_likelihood,
     strong,
 )
-from numpyro_smcopt.types import Array, Params
+from numpyro_smcopt.reporting import summary
+from numpyro_smcopt.reporting.report import Report
+from numpyro_smcopt.results import RunResult
+from numpyro_smcopt.runs import resume, running
+from numpyro_smcopt.runs.algorithm import Algorithm, refuse_foreign
+from numpyro_smcopt.runs.convergence import EarlyStop, stopping_rule
+from numpyro_smcopt.runs.journal import check_path
+from numpyro_smcopt.runs.running import Plan
+from numpyro_smcopt.types import Array, Params, positive
+from numpyro_smcopt.types import check_functions as check_functions
+from numpyro_smcopt.types import check_number as check_number
+from numpyro_smcopt.types import whole_or_none as whole_or_none
 
 
 class ParticleAlgorithm(Algorithm):
@@ -179,12 +180,12 @@ class ParticleAlgorithm(Algorithm):
         plan = Plan(num_runs, num_steps, static, arrays, progress_bar, stop)
         if num_runs > 1:
             plan = plan._replace(ranking=random.key(0) if rng_key is None else rng_key)
-        runs = resuming.one_or_many(num_runs)
+        runs = resume.one_or_many(num_runs)
         if init_state is None:
             state = runs.begin(self, plan, rng_key, init_params)
         else:
             state = runs.adopted(self, plan, init_state)
-        journal = None if checkpoint is None else resuming.new_journal(self, plan, checkpoint, checkpoint_every)
+        journal = None if checkpoint is None else resume.new_journal(self, plan, checkpoint, checkpoint_every)
         return runs.live(self, plan, state, journal)
 
     @effects.unkeyed
@@ -215,7 +216,7 @@ class ParticleAlgorithm(Algorithm):
             ValueError: If the file is damaged, or was written with another model, other data or other settings.
         """
         arrays, static = self._bind(args, kwargs)
-        return resuming.resume(self, checkpoint, arrays, static, num_steps, progress_bar)
+        return resume.resume(self, checkpoint, arrays, static, num_steps, progress_bar)
 
     # -- particles ----------------------------------------------------------------------------------------------------
     def get_samples(
@@ -321,6 +322,11 @@ class ParticleAlgorithm(Algorithm):
             return {name: values[name] for name in target.sites.latents}
 
         return make_svi_view(self.model, self.get_params(state), draw)
+
+    def _log_evidence_at(
+        self, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
+    ) -> tuple[float, float]:
+        return summary.log_evidence_at(self, rng_key, arrays, static, state)
 
     # -- report -------------------------------------------------------------------------------------------------------
     def summarize(self, rng_key: Array, state: Any, *args: Any, sandwich: bool = False, **kwargs: Any) -> Report:

@@ -27,20 +27,19 @@ import numpy as np
 from jax import random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_smcopt.algorithms import faults
+from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm
-from numpyro_smcopt.algorithms.safeguards import next_caution
-from numpyro_smcopt.algorithms.settings import positive, whole_or_none
-from numpyro_smcopt.algorithms.start import Start, refuse_loss
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
-from numpyro_smcopt.noise import split
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
+from numpyro_smcopt.population.safeguards import next_caution
+from numpyro_smcopt.population.start import Start, refuse_loss
+from numpyro_smcopt.potential import Target, check_key
+from numpyro_smcopt.random_numbers import split
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Assessed, Chains, Sampler
-from numpyro_smcopt.target import Target, check_key
 from numpyro_smcopt.theta_step import as_theta_step
-from numpyro_smcopt.types import Array, Model, Params, Theta
+from numpyro_smcopt.types import Array, Model, Params, Theta, positive, whole_or_none
 
 LARGEST_LOSS = 0.25  # share of the particles that may meet a potential that is not finite
 

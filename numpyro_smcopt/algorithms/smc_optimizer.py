@@ -25,10 +25,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
+from numpyro_smcopt import faults
 from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size, no_limit
-from numpyro_smcopt.algorithms import budget, faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
-from numpyro_smcopt.algorithms.gradients import (
+from numpyro_smcopt.block_search import find_blocks
+from numpyro_smcopt.blocks import Blocks, Partition, one_block
+from numpyro_smcopt.branching import changed_if
+from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.objectives import (
+    Cloud,
+    Estimate,
+    MarginalLikelihood,
+    Objective,
+    Scene,
+    as_objective,
+    term_coefficients,
+)
+from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, evaluator, resample_blocks, revived
+from numpyro_smcopt.population.gradients import (
     Gradient,
     default_theta_step,
     gradient_of_rest,
@@ -36,9 +51,8 @@ from numpyro_smcopt.algorithms.gradients import (
     surrogate_gradient,
     surroundings,
 )
-from numpyro_smcopt.algorithms.particles import added_up, blocks_are_wrong, evaluator, resample_blocks, revived
-from numpyro_smcopt.algorithms.safeguards import SHORTER, Judged, advance, directly, next_caution, unspoiled
-from numpyro_smcopt.algorithms.start import (
+from numpyro_smcopt.population.safeguards import SHORTER, Judged, advance, directly, next_caution, unspoiled
+from numpyro_smcopt.population.start import (
     Start,
     first_cloud,
     first_step,
@@ -49,22 +63,10 @@ from numpyro_smcopt.algorithms.start import (
     warm_theta,
     warn_of_unfinished,
 )
-from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
-from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.kernels import HMC, InvariantKernel, Point, Potential, Step, WeightedKernel
-from numpyro_smcopt.noise import Noise, draw_noise, split
-from numpyro_smcopt.objectives import (
-    Cloud,
-    Estimate,
-    MarginalLikelihood,
-    Objective,
-    Scene,
-    as_objective,
-    term_coefficients,
-)
+from numpyro_smcopt.potential import Target, flat_terms, strong
+from numpyro_smcopt.random_numbers import Noise, draw_noise, split
 from numpyro_smcopt.resampling import ResamplingScheme, systematic, when_ess_below
 from numpyro_smcopt.results import Status
-from numpyro_smcopt.target import Target, flat_terms, strong
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta
 from numpyro_smcopt.weights import (

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
-from numpyro_smcopt.noise import Noise
+from numpyro_smcopt.random_numbers import Noise
 from numpyro_smcopt.types import Array
 
 

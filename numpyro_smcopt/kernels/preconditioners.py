@@ -19,6 +19,13 @@ from numpyro_smcopt.weights import block_moments
 SMALLEST_SCALE = 1e-12
 
 
+class Curvature(NamedTuple):
+    """Hessian blocks of the two halves of the energy, both [B, M, M]; padded with the identity in ``prior``."""
+
+    prior: Array
+    rest: Array
+
+
 class Preconditioner(NamedTuple):
     """``L = F diag(s)`` for one particle.
 

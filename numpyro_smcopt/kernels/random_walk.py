@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
-from numpyro_smcopt.noise import Noise
+from numpyro_smcopt.random_numbers import Noise
 from numpyro_smcopt.types import Array
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import small_sample_factor
 

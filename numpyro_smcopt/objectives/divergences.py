@@ -19,7 +19,7 @@ from jax import random
 
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene, expectation, refuse_observations
 from numpyro_smcopt.objectives.samples import as_arrays, by_site, check_batch_size, some_of
-from numpyro_smcopt.target import Target, strong
+from numpyro_smcopt.potential import Target, strong
 from numpyro_smcopt.types import Array, Params, Theta
 
 

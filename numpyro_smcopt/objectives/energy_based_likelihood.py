@@ -17,7 +17,7 @@ from typing import Any
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene, refuse_observations
 from numpyro_smcopt.objectives.divergences import contrast
 from numpyro_smcopt.objectives.samples import as_arrays, by_site, check_batch_size, some_of
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Theta
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.control_variates import calibrated_weights
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Theta
 
 

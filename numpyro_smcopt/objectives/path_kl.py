@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene
 from numpyro_smcopt.objectives.divergences import check_params
-from numpyro_smcopt.target import Target, strong
+from numpyro_smcopt.potential import Target, strong
 from numpyro_smcopt.types import Params, Theta
 
 

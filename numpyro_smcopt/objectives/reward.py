@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene, add, expectation, refuse_observations
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Array, Theta
 
 RewardFn = Callable[[dict[str, Array]], Array]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.target import Target, strong
+from numpyro_smcopt.potential import Target, strong
 from numpyro_smcopt.types import Array, Theta
 
 

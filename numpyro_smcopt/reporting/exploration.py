@@ -17,11 +17,11 @@ from jax import random
 from numpyro.infer.importance import _psis_khat
 
 from numpyro_smcopt import laplace
-from numpyro_smcopt.algorithms import budget
-from numpyro_smcopt.algorithms.start import Start, starts_from_prior
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel
-from numpyro_smcopt.reporting import islands, programs
+from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.start import Start, starts_from_prior
+from numpyro_smcopt.reporting import effort, islands, programs
 from numpyro_smcopt.reporting.reference import SIZE, draw_uniforms
 from numpyro_smcopt.reporting.standard_errors import whitening
 from numpyro_smcopt.types import Array, Params
@@ -193,11 +193,11 @@ def explore(
     tempered = not found.trustworthy or pareto_k > HEAVY_TAIL
     acceptance, num_unfinished, num_ancestors = np.nan, 0, np.nan
     if tempered:
-        num = max(budget.TEMPERED_ISLANDS, num_islands or 0)
+        num = max(effort.TEMPERED_ISLANDS, num_islands or 0)
         keys = random.split(rng_key, num)
         some = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
         informing = num if drawn.slopes is not None else 0
-        draws = budget.slope_draws(informing, SIZE, num_params, blocks.num_blocks, start.target.work(start.theta))
+        draws = effort.slope_draws(informing, SIZE, num_params, blocks.num_blocks, start.target.work(start.theta))
         picks = programs.draw_picks(rng, draws, SIZE, blocks.num_blocks).astype(cloud.x.dtype)
         temper = ("temper", kernel, draws, sandwich), programs.temper_program(kernel, draws, sandwich)
         done = jax.device_get(start.call(*temper, keys, some, picks, order, columns, drawn, blocks, found.missed))
@@ -273,13 +273,13 @@ def _draw(
 ) -> tuple[int, bool, programs.Drawn]:
     """How many islands there are, whether there is a sandwich, and the draws of the reference."""
     sites, blocks, work = start.target.sites, cloud.blocks, start.target.work(start.theta)
-    num = num_islands or budget.num_islands(work)
-    informing = budget.num_informing(num, len(columns), work)
+    num = num_islands or effort.num_islands(work)
+    informing = effort.num_informing(num, len(columns), work)
     sandwich = sandwich and informing > 0
-    draws = budget.slope_draws(informing, SIZE, len(columns), blocks.num_blocks, work)
+    draws = effort.slope_draws(informing, SIZE, len(columns), blocks.num_blocks, work)
     uniforms = draw_uniforms(rng, num, sites.can_draw_prior, sites.num_latents).astype(cloud.x.dtype)
     picks = programs.draw_picks(rng, draws, SIZE, blocks.num_blocks).astype(cloud.x.dtype)
-    transported = continuous and len(columns) * blocks.width * work <= budget.TRANSPORT_WORK
+    transported = continuous and len(columns) * blocks.width * work <= effort.TRANSPORT_WORK
     draw = ("draw", num, draws, transported, sandwich), programs.draw_program(draws, transported, sandwich)
     place = params, columns, cloud.x, cloud.log_weights, blocks
     return num, sandwich, start.call(*draw, np.asarray(wanted), rng_key, uniforms, picks, order, *place)
@@ -311,10 +311,10 @@ def _explore_wide(
     init_strategy: Callable | None,
     wanted: int,
 ) -> Exploration:
-    num_particles, num = cloud.x.shape[0], max(budget.WIDE_ISLANDS, wanted)
+    num_particles, num = cloud.x.shape[0], max(effort.WIDE_ISLANDS, wanted)
     informing = num if 0 < len(columns) <= budget.LARGEST_INFORMATION else 0
     place = len(columns), cloud.blocks.num_blocks, start.target.work(start.theta)
-    draws, sandwich = budget.slope_draws(informing, num_particles, *place), sandwich and informing > 0
+    draws, sandwich = effort.slope_draws(informing, num_particles, *place), sandwich and informing > 0
     picks = programs.draw_picks(rng, draws, num_particles, cloud.blocks.num_blocks).astype(cloud.x.dtype)
     build = programs.wide_program(kernel, num_particles, draws, sandwich, init_strategy)
     wide = ("wide", kernel, num_particles, draws, sandwich), build

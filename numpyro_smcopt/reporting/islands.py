@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt import tempering
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Step
+from numpyro_smcopt.kernels.preconditioners import Curvature
+from numpyro_smcopt.population import tempering
+from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.reporting.reference import COUNTS, SIZE, Reference, draw_reference, log_densities
-from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.types import Array, Theta
 
 LARGEST_LOG = 60.0  # of a weight relative to the Laplace approximation
@@ -244,7 +245,7 @@ def temper_island(
     curvature = None
     if kernel.preconditioning.dense and blocks.width > 1:
         hessian = jnp.einsum("bji,bjk->bik", reference.inverse, reference.inverse)
-        curvature = tempering.Curvature(hessian, jnp.zeros_like(hessian))
+        curvature = Curvature(hessian, jnp.zeros_like(hessian))
     size = jnp.full(blocks.num_blocks, kernel.step_size, x.dtype)
     step = Step(size, tempering.identity_like(reference.center, curvature))
     starts = jnp.arange(2 * blocks.num_blocks) < blocks.num_blocks

@@ -18,17 +18,17 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from numpyro.distributions.constraints import Constraint
 
-from numpyro_smcopt.algorithms.budget import SlopeDraws
-from numpyro_smcopt.algorithms.start import first_cloud
 from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.information import along_each, louis_information
 from numpyro_smcopt.kernels import InvariantKernel
+from numpyro_smcopt.population.start import first_cloud
+from numpyro_smcopt.potential import Target, flat_terms
+from numpyro_smcopt.reporting.effort import SlopeDraws
 from numpyro_smcopt.reporting.islands import Islands, Tally, temper_island, weigh_islands
 from numpyro_smcopt.reporting.reference import Reference, fit_reference
 from numpyro_smcopt.reporting.transport import Moved, Transport, laplace_transport, moved_terms
-from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array, Params, Theta
-from numpyro_smcopt.uncertainty import along_each, louis_information
 from numpyro_smcopt.weights import effective_sample_size
 
 NUM_SAMPLES = 1024  # where blocks are resampled; a power of two, for the strides

@@ -10,10 +10,10 @@ path.
 import abc
 from typing import Any, NamedTuple
 
-from numpyro_smcopt.algorithms.start import Start
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.objectives import Objective
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 

@@ -22,10 +22,15 @@ import numpy as np
 from jax import lax, random
 
 from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
-from numpyro_smcopt.algorithms import budget
-from numpyro_smcopt.algorithms.gradients import default_theta_step, surrogate_gradient, surroundings
-from numpyro_smcopt.algorithms.particles import added_up, blocks_are_wrong, equal_draws, evaluator, gather
-from numpyro_smcopt.algorithms.start import (
+from numpyro_smcopt.block_search import find_blocks
+from numpyro_smcopt.blocks import Blocks, Partition, one_block
+from numpyro_smcopt.branching import changed_if
+from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
+from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, equal_draws, evaluator, gather
+from numpyro_smcopt.population.gradients import default_theta_step, surrogate_gradient, surroundings
+from numpyro_smcopt.population.start import (
     Start,
     first_cloud,
     first_step,
@@ -35,13 +40,9 @@ from numpyro_smcopt.algorithms.start import (
     warm_theta,
     warn_of_unfinished,
 )
-from numpyro_smcopt.blocks import Blocks, Partition, find_blocks, one_block
-from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
-from numpyro_smcopt.noise import draw_noise
-from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
+from numpyro_smcopt.potential import Target, flat_terms
+from numpyro_smcopt.random_numbers import draw_noise
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
-from numpyro_smcopt.target import Target, flat_terms
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, reweight, uniform_log_weights

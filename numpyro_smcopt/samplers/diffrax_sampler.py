@@ -21,9 +21,10 @@ import optax
 from jax import random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_smcopt.algorithms.start import Start
 from numpyro_smcopt.blocks import Blocks, one_block
 from numpyro_smcopt.objectives import Objective, Reward
+from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
 from numpyro_smcopt.samplers.drifts import (
     DEFAULT_PARTICLES,
@@ -34,7 +35,6 @@ from numpyro_smcopt.samplers.drifts import (
     rate,
     reference_of,
 )
-from numpyro_smcopt.target import Target
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 

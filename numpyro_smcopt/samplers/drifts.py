@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_smcopt.objectives import Objective, PathKL, Reward
-from numpyro_smcopt.target import Target
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Array, Theta
 
 DEFAULT_PARTICLES = 256

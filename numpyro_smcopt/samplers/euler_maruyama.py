@@ -22,9 +22,10 @@ import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_smcopt.algorithms.start import Start
 from numpyro_smcopt.blocks import Blocks, one_block
 from numpyro_smcopt.objectives import Objective, Reward
+from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
 from numpyro_smcopt.samplers.drifts import (
     DEFAULT_PARTICLES,
@@ -36,7 +37,6 @@ from numpyro_smcopt.samplers.drifts import (
     reference_of,
 )
 from numpyro_smcopt.samplers.paths import Dynamics, Ends, Grid, backward, checkpointed_backward, simulate
-from numpyro_smcopt.target import Target
 from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_smcopt.noise import draw_normals
+from numpyro_smcopt.random_numbers import draw_normals
 from numpyro_smcopt.types import Array, Theta
 
 Drift = Callable[[Theta, Array, Array], Array]

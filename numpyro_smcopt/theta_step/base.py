@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
+from numpyro_smcopt.information import Fisher, Information
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.uncertainty import Fisher, Information
 
 
 def _unknown(*arguments: Any) -> Any:

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_smcopt.information import Information
 from numpyro_smcopt.theta_step.base import Surroundings, averaged, gain, shortened
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.uncertainty import Information
 
 
 class NaturalState(NamedTuple):

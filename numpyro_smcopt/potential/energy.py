@@ -1,0 +1,295 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""A NumPyro model as a target: the energy ``U_theta(x) = -log p_theta(x, y)``, unsummed.
+
+``theta`` holds the `numpyro.param` sites on unconstrained space, *without* a Jacobian (the maximum likelihood estimate
+is invariant); ``x`` holds the latent `numpyro.sample` sites of one particle as one flat unconstrained vector, *with*
+its log-Jacobian. `Target.terms` returns one term per site and batch element, so that a change of energy can be formed
+as a sum of differences, and so that latents which are independent given ``theta`` can be recognised.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jax import random
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import init_to_uniform
+from numpyro.infer.util import constrain_fn
+
+from numpyro_smcopt.potential.arguments import strong
+from numpyro_smcopt.potential.sites import Sites, read_sites
+from numpyro_smcopt.potential.tracing import (
+    constrained_param,
+    drawable,
+    enumerated_terms,
+    is_real,
+    log_prob_of,
+    map_constraint,
+    substitution,
+    trace_model,
+    unconstrained,
+)
+from numpyro_smcopt.term_sums import NO_SUMS, Sums
+from numpyro_smcopt.traces import traced_once
+from numpyro_smcopt.types import Array, Model, Params, Theta
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The energy of a model with its data bound; made anew whenever a program is traced, kept nowhere.
+
+    Args:
+        model: A callable that contains NumPyro primitives.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        sites: What `read_sites` found.
+        validate: Whether distributions check parameters and observations (a failed check is a NaN).
+        attached: Further arrays that belong to the problem, such as the data of an objective; traced as data are.
+        sums: How the terms are added up; ``sites`` are then those of the sums. See `adding_up`.
+    """
+
+    model: Model
+    args: tuple
+    kwargs: dict
+    sites: Sites
+    validate: bool = False
+    attached: Any = ()
+    sums: Sums = NO_SUMS
+    _traced: dict[Any, Callable] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def adding_up(self, sums: Sums) -> "Target":
+        """The same target, whose energy terms are sums of the present ones."""
+        if not sums.sites:
+            return self
+        shapes = tuple(site.kept for site in sums.sites)
+        terms = tuple(
+            (name, math.prod(shape), prior) for (name, _, prior), shape in zip(self.sites.terms, shapes, strict=True)
+        )
+        return dataclasses.replace(self, sites=self.sites._replace(terms=terms, term_shapes=shapes), sums=sums)
+
+    def terms(self, theta: Theta, x: Array) -> Array:
+        """Energy terms of one particle.
+
+        Args:
+            theta: Parameters on unconstrained space.
+            x: [D] one particle.
+
+        Returns:
+            [K] terms whose sum is ``-log p_theta(x, y)``, the log-Jacobian of ``x`` included.
+        """
+        leaves, treedef = jax.tree.flatten((theta, x))
+        like = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+        key = treedef, *like
+        if key not in self._traced:
+            of_model = lambda theta, x: self._terms(substitution(theta, self.sites.unravel(x)))  # noqa: E731
+            self._traced[key], _ = traced_once(of_model, *jax.tree.unflatten(treedef, like))
+        return self._traced[key](theta, x)
+
+    def energy_of(self, theta: Theta, latents: dict[str, Array]) -> Array:
+        """``-log p_theta(x, y)`` [] of one draw given on the scale of the model, as a density on that scale.
+
+        Args:
+            theta: Parameters on unconstrained space.
+            latents: The value of every latent site.
+        """
+
+        def value_of(site: dict) -> Any:
+            return latents[site["name"]] if site["name"] in latents else of_params(site)
+
+        of_params = substitution(theta, {})
+        return jnp.sum(self._terms(value_of))
+
+    def _terms(self, value_of: Callable[[dict], Any]) -> Array:
+        # Parameters and particles are inside their supports by construction; data are checked once, at the start.
+        with numpyro.validation_enabled(self.validate):
+            model = handlers.substitute(self.model, substitute_fn=value_of)
+            if self.sites.enumerated:
+                pairs = enumerated_terms(model, self.args, self.kwargs, self.sites.latents)
+                return self._joined([-v for pair in zip(*pairs, strict=True) for v in pair])
+            trace = trace_model(model, self.args, self.kwargs, random.key(0))
+        return self._joined([-log_prob_of(site) for site in trace.values() if site["type"] == "sample"])
+
+    def _joined(self, pieces: list[Array]) -> Array:
+        """The terms of all sites in one vector, added up if they shall be."""
+        if self.sums.sites:
+            pieces = [site.add(piece) for site, piece in zip(self.sums.sites, pieces, strict=True)]
+        return jnp.concatenate([jnp.ravel(piece) for piece in pieces]) if pieces else jnp.zeros(0)
+
+    def program(self, theta: Theta) -> Any:
+        """The energy as a jaxpr: leaves of theta and one particle in, terms out."""
+        leaves, treedef = jax.tree.flatten(theta)
+        x = jax.ShapeDtypeStruct((self.sites.num_latents,), jnp.result_type(float))
+        return jax.make_jaxpr(lambda *v: self.terms(jax.tree.unflatten(treedef, v[:-1]), v[-1]))(*leaves, x).jaxpr
+
+    def work(self, theta: Theta) -> int:
+        """Array elements that are computed for the energy of one particle."""
+        return max(1, _elements(self.program(theta)))
+
+    def unreached_params(self) -> list[str]:
+        """Param sites on which no energy term depends, found in the program of the energy."""
+        _, theta = jax.eval_shape(lambda key: self.initial_params(key, {}), random.key(0))
+        owners = [name for name in theta for _ in jax.tree.leaves(theta[name])]
+        program = self.program(theta)
+        reached = {
+            owner for owner, variable in zip(owners, program.invars, strict=False) if any(_depend_on(variable, program))
+        }
+        return [name for name in theta if name not in reached]
+
+    def draw_prior(self, rng_key: Array, theta: Theta) -> Array:
+        """One draw [D] of the latents from their prior at ``theta``, on unconstrained space."""
+        return self._draw(rng_key, theta, lambda site: None)
+
+    def draw_start(self, rng_key: Array, theta: Theta, init_strategy: Callable | None = None) -> Array:
+        """One starting point [D] from a NumPyro init strategy (`numpyro.infer.init_to_uniform` by default)."""
+        return self._draw(rng_key, theta, (init_strategy or init_to_uniform)())
+
+    def _draw(self, rng_key: Array, theta: Theta, strategy: Callable) -> Array:
+        def value_of(site: dict) -> Any:
+            if site["type"] == "param":
+                return constrained_param(site, theta)
+            if site["type"] == "sample" and not site["is_observed"]:
+                return strategy(site)
+            return None
+
+        # `seed` inside `substitute`: a strategy finds the key of its site in the message.
+        model = handlers.substitute(handlers.seed(self.model, rng_key), substitute_fn=value_of)
+        trace = trace_model(model, self.args, self.kwargs, rng_key)
+        pieces = [jnp.ravel(unconstrained(trace[name])) for name in self.sites.latents]
+        return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
+
+    def initial_params(self, rng_key: Array, init_params: Params) -> tuple[Params, Theta]:
+        """Values of the param sites, constrained and unconstrained, at the start.
+
+        Args:
+            rng_key: Seed of callable initial values.
+            init_params: Constrained values that replace the model's own.
+
+        Raises:
+            ValueError: If one of them has another shape than the model's own.
+        """
+        model = drawable(self.model, set())
+        # Bad starting values are refused by `check_start`, which knows the site.
+        trace = trace_model(model, self.args, self.kwargs, rng_key, validate=False)
+        if init_params:
+            for name, given in init_params.items():
+                expected, got = (jax.tree.map(jnp.shape, value) for value in (trace[name]["value"], given))
+                if expected != got:
+                    raise ValueError(
+                        f"init_params['{name}'] has shape {got}, but the param site has shape {expected}. Give a "
+                        "constrained value of that shape."
+                    )
+            model = handlers.substitute(model, data=init_params)
+            trace = trace_model(model, self.args, self.kwargs, rng_key, validate=False)
+        values = {name: jax.tree.map(_floating, trace[name]["value"]) for name in self.sites.params}
+        theta = {name: map_constraint(trace[name], lambda t, v: t.inv(v), values[name]) for name in values}
+        return jax.tree.map(strong, (values, theta))
+
+    def _trace_at(self, theta: Theta) -> dict:
+        # Values for the latents too: an improper one cannot be drawn.
+        latents = self.sites.unravel(jnp.zeros(self.sites.num_latents))
+        model = handlers.substitute(self.model, substitute_fn=substitution(theta, latents))
+        return trace_model(model, self.args, self.kwargs, random.key(0))
+
+    def constrain_params(self, theta: Theta) -> Params:
+        """``theta`` on the scale of the model."""
+        trace = self._trace_at(theta)
+        return {name: trace[name]["value"] for name in self.sites.params}
+
+    def output(self, theta: Theta) -> Any:
+        """What the model returns at ``theta``."""
+        model = handlers.substitute(self.model, substitute_fn=substitution(theta, {}))
+        with handlers.block(), handlers.seed(rng_seed=random.key(0)):
+            return model(*self.args, **self.kwargs)
+
+    def param_constraints(self, theta: Theta) -> dict[str, constraints.Constraint]:
+        """The constraint of each param site; pytrees, whose bounds may be data."""
+        trace = self._trace_at(theta)
+        return {name: trace[name]["kwargs"].get("constraint", constraints.real) for name in self.sites.params}
+
+    def bounded_coordinates(self, theta: Theta) -> np.ndarray:
+        """[P] bool: which coordinates of the flat ``theta`` belong to a constrained parameter; nothing is computed."""
+        free: dict[str, bool] = {}
+
+        def look(theta: Theta) -> None:
+            trace = self._trace_at(theta)
+            free.update({name: is_real(trace[name]["kwargs"].get("constraint", constraints.real)) for name in theta})
+
+        jax.eval_shape(look, theta)
+        marks = {
+            name: jax.tree.map(lambda leaf, mark=not free[name]: np.full(np.size(leaf), mark), theta[name])
+            for name in theta
+        }
+        return np.concatenate([np.zeros(0, bool), *jax.tree.leaves(marks)])
+
+    def constrain_latents(self, theta: Theta, x: Array) -> dict[str, Array]:
+        """Latent and deterministic sites of one particle ``[D]`` at ``theta``, on the scale of the model.
+
+        Discrete sites are summed out and have no value, so deterministic sites that depend on them are left out.
+        """
+        model = handlers.substitute(self.model, substitute_fn=substitution(theta, {}))
+
+        def values(rng_key: Array) -> dict[str, Array]:
+            with handlers.block(), handlers.seed(rng_seed=rng_key):
+                return constrain_fn(model, self.args, self.kwargs, self.sites.unravel(x), return_deterministic=True)
+
+        if not self.sites.enumerated:
+            return values(random.key(0))
+        program = jax.make_jaxpr(values)(random.key(0)).jaxpr
+        names = sorted(jax.eval_shape(values, random.key(0)))  # the order in which JAX flattens a dictionary
+        random_names = [
+            name for name, drawn in zip(names, _depend_on(program.invars[0], program), strict=True) if drawn
+        ]
+        return {name: value for name, value in values(random.key(0)).items() if name not in random_names}
+
+
+def make_target(model: Model, args: tuple, kwargs: dict, attached: Any = ()) -> Target:
+    """Bind a model to its arguments; the model is traced abstractly, nothing is computed.
+
+    Raises:
+        ValueError: If the model has a site that cannot be handled; the message names it and says what to do.
+    """
+    return Target(model, args, kwargs, read_sites(model, args, kwargs), attached=attached)
+
+
+def flat_terms(target: Target, theta: Theta) -> tuple[Callable[[Array, Array], Array], Array, Callable]:
+    """``(theta [P], x [D]) -> [K]``, the flat theta, and the way back to its tree."""
+    flat, unravel = jax.flatten_util.ravel_pytree(theta)
+    return lambda t, x: target.terms(unravel(t), x), flat, unravel
+
+
+def _depend_on(variable: Any, program: Any) -> list[bool]:
+    """Which outputs of a jaxpr depend on one of its variables."""
+    touched = {variable}
+    for equation in program.eqns:
+        if any(not hasattr(v, "val") and v in touched for v in equation.invars):
+            touched.update(equation.outvars)
+    return [not hasattr(v, "val") and v in touched for v in program.outvars]
+
+
+def _elements(program: Any) -> int:
+    """How many array elements a program computes on the way to its results."""
+    total, needed = 0, set(map(id, program.outvars))
+    for equation in reversed(program.eqns):
+        if needed.isdisjoint(map(id, equation.outvars)):
+            continue  # the value with which a param site is declared, say
+        needed.update(map(id, equation.invars))
+        inner = [
+            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
+        ]
+        repeats = equation.params.get("length", 1)
+        total += repeats * sum(_elements(getattr(v, "jaxpr", v)) for v in inner)
+        total += sum(math.prod(v.aval.shape) for v in equation.outvars if not inner)
+    return total
+
+
+def _floating(leaf: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.result_type(float))
