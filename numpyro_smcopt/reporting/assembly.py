@@ -7,23 +7,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from numpyro.distributions import biject_to
 
+from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
+from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.exploration import Exploration, LaplacePoint, about_draws
+from numpyro_smcopt.reporting.flat_directions import about_directions
 from numpyro_smcopt.reporting.laplace_fit import CONVERGED, LaplaceFit, laplace_fit
-from numpyro_smcopt.reporting.programs import Slopes
-from numpyro_smcopt.reporting.report import Boundary, Report, acts_elementwise, coordinate_names, ravel, unravel
+from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error
 from numpyro_smcopt.types import Params
 
-FLAT = 0.05  # information on a log or logit scale, below which a maximum is looked for at the boundary
-FAR = 3.0  # how far towards the boundary that is, on that scale
-RISE = 0.01  # nats that the likelihood may fall on the way, or rise on the way back, beyond its error
-PROFILE_DROP = 4.0  # nats down to which the profile likelihood is followed
-PROFILE_POINTS = 12
-PROFILE_TARGET = 0.3  # where the first interesting point of the profile is
-TINY_DROP = 1e-4  # in nats, less is noise
-SHORTEST_STEP, LONGEST_STEP = 0.15, 2.0
 JUMP, JUMP_ERRORS = 0.1, 6.0  # in root information, and in standard errors
 LAPLACE_OFF = 0.1  # nats
 LAPLACE_AWAY = 0.5  # standard errors between our estimate and Laplace's that are worth a warning
@@ -65,11 +58,13 @@ def make_report(
         curvature = _unknown(len(theta_names))
         warnings.append(f"There are no standard errors: {len(theta_names)} parameters need too large a matrix.")
     else:
-        boundaries = _boundaries(found, lambda params: explore(params, continuous), complete)
+        boundaries = find_boundaries(found, lambda params: explore(params, continuous), complete)
         held = np.isin(np.arange(len(theta_names)), list(boundaries))
         slopes = found.slopes
-        curvature = curvature_of(*_arrays(slopes), theta_names, held, complete)
-        warnings += _about_curvature(curvature, boundaries, theta_names)
+        curvature = curvature_of(slopes.score, slopes.information, slopes.complete, theta_names, held, complete)
+        warnings += about_boundaries(boundaries, theta_names)
+        warnings += about_directions(curvature.singular, curvature.hidden, curvature.indefinite)
+        warnings += _about_curvature(curvature, theta_names)
 
     # Delta method
     jacobian = np.asarray(found.fixed.jacobian, float)
@@ -123,15 +118,9 @@ def _jumps(found: Exploration) -> bool:
     """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
     if found.slopes is None:
         return False
-    score, _, complete = _arrays(found.slopes)
-    gap, error = mean_and_error(score - np.asarray(found.slopes.plain_score))
-    size = np.sqrt(np.abs(np.diag(complete)))
+    gap, error = mean_and_error(found.slopes.score - found.slopes.plain_score)
+    size = np.sqrt(np.abs(np.diag(found.slopes.complete)))
     return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
-
-
-def _arrays(slopes: Slopes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    score, _, information, complete = map(np.asarray, slopes)
-    return score, information, complete
 
 
 def _distance(curvature: Curvature) -> np.ndarray:
@@ -146,91 +135,6 @@ def _unknown(size: int) -> Curvature:
     return Curvature(
         np.zeros((size, size)), np.zeros(size, bool), np.zeros((1, size)), nothing, nothing, (), 0, (), False
     )
-
-
-# -- boundaries ----------------------------------------------------------------------------------------------------
-def _boundaries(
-    found: Exploration, explore: Callable[[Params], Exploration], complete: np.ndarray | None
-) -> dict[int, Boundary]:
-    """Coordinates whose maximum lies on the boundary of their support, by number.
-
-    On its log or logit scale such a parameter has no information left, and the likelihood does not fall any more on the
-    way to the boundary.
-    """
-    slopes, flat = found.slopes, ravel(found.fixed.theta)
-    assert slopes is not None
-    constraints = found.fixed.constraints
-    alone = {name: acts_elementwise(constraint) for name, constraint in constraints.items()}
-    elementwise = {
-        name: jax.tree.map(lambda leaf, name=name: np.full(np.shape(leaf), alone[name]), tree)
-        for name, tree in found.fixed.theta.items()
-    }
-    can_be = found.fixed.bounded & (ravel(elementwise) > 0)
-    information = np.diag(slopes.information.mean(0))
-    boundaries = {}
-    for k in np.flatnonzero(can_be & (np.abs(information) <= FLAT)):
-        for side in (-1.0, 1.0):
-            beyond = flat.copy()
-            beyond[k] += side * FAR
-            there = explore(constrained(beyond, found))
-            if there.log_evidence >= found.log_evidence - RISE - 3 * np.hypot(there.std, found.std):
-                boundaries[int(k)] = _profile(int(k), -side, found, explore, complete)
-                break
-    return boundaries
-
-
-def constrained(flat: np.ndarray, found: Exploration) -> Params:
-    """A flat theta [P] on the scale of the model."""
-    theta = unravel(flat, found.fixed.theta)
-    like = found.fixed.theta
-    return {
-        name: jax.tree.map(
-            lambda v, o, c=constraint: np.asarray(biject_to(c)(v.astype(o.dtype))), theta[name], like[name]
-        )
-        for name, constraint in found.fixed.constraints.items()
-    }
-
-
-def _profile(
-    k: int,
-    direction: float,
-    found: Exploration,
-    explore: Callable[[Params], Exploration],
-    complete: np.ndarray | None,
-) -> Boundary:
-    """Follow the profile likelihood away from the boundary, the other parameters adjusted by one Newton step."""
-    flat = ravel(found.fixed.theta)
-    held = np.arange(len(flat)) == k
-
-    def at(value: float) -> tuple[np.ndarray, float]:
-        theta = np.where(held, value, flat)
-        there = explore(constrained(theta, found))
-        slopes = there.slopes
-        assert slopes is not None
-        curvature = curvature_of(*_arrays(slopes), [""] * len(flat), held, complete)
-        score = slopes.score.mean(0)
-        follow = -curvature.covariance @ score
-        return theta + follow, float(there.log_evidence - score @ follow / 2)
-
-    here, thetas, heights = float(flat[k]), [], []
-    for _ in range(PROFILE_POINTS):
-        theta, height = at(here)
-        thetas.append(theta)
-        heights.append(height)
-        drop = max(heights) - height
-        if not np.isfinite(drop) or drop > PROFILE_DROP:
-            break
-        # Near the boundary the drop grows like the square of a scale, that is by 2 on its logarithm.
-        wanted = np.log(max(PROFILE_TARGET, 2 * drop) / max(drop, TINY_DROP)) / 2
-        here += direction * float(np.clip(wanted, SHORTEST_STEP, LONGEST_STEP))
-    values = np.asarray([ravel(constrained(theta, found))[k] for theta in thetas])
-    drops = np.maximum.accumulate(max(heights) - np.asarray(heights))
-    limit = ravel(constrained(np.where(held, -direction * np.inf, flat), found))[k]
-    top, rise = int(np.argmax(heights)), 0.0
-    if heights[top] - heights[0] > RISE:
-        there = explore(constrained(thetas[top], found))
-        rise = there.log_evidence - heights[0] - 3 * float(np.hypot(there.std, found.std))
-    return Boundary(float(limit), values, drops, (float(values[top]), rise) if rise > RISE else None)
 
 
 # -- Laplace's maximum ---------------------------------------------------------------------------------------------
@@ -248,13 +152,17 @@ def _fit_by_laplace(found: Exploration, curvature: Curvature, laplace_at: Laplac
     if isinstance(here, str) or not np.any(deviation > 0):
         unknown = np.full(len(flat), np.nan)
         reason = here if isinstance(here, str) else "no parameter has a standard error"
-        missing = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan), constrained(flat, found))
+        missing = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan), found.fixed.constrained(flat))
         return _ByLaplace(missing, unknown, f"none: {reason}")
-    fit: LaplaceFit = laplace_fit(here, curvature.covariance, lambda theta: laplace_at(constrained(theta, found)))
+    fit: LaplaceFit = laplace_fit(
+        here,
+        curvature.covariance,
+        lambda theta: laplace_at(found.fixed.constrained(theta)),
+    )
     unknown = np.full(len(flat), np.nan)
     distance = np.divide(fit.theta - flat, deviation, out=unknown, where=curvature.identified & (deviation > 0))
     status = "maximum" if fit.converged else "still rising"
-    return _ByLaplace(constrained(fit.theta, found), distance, status)
+    return _ByLaplace(found.fixed.constrained(fit.theta), distance, status)
 
 
 # -- warnings ------------------------------------------------------------------------------------------------------
@@ -266,10 +174,6 @@ def _about_laplace(found: Exploration) -> list[str]:
         f"A Laplace approximation of the log marginal likelihood would be off by {error:+.2f} here: estimates that "
         "rest on one may differ from these."
     ]
-
-
-def _some(descriptions: Sequence[str]) -> str:
-    return "; ".join(descriptions[:5]) + ("; ..." if len(descriptions) > 5 else "")
 
 
 def _about_laplace_fit(
@@ -293,33 +197,8 @@ def _about_laplace_fit(
     ]
 
 
-def _about_curvature(curvature: Curvature, boundaries: dict[int, Boundary], names: Sequence[str]) -> list[str]:
+def _about_curvature(curvature: Curvature, names: Sequence[str]) -> list[str]:
     warnings = []
-    for k, boundary in boundaries.items():
-        warnings.append(
-            f"{names[k]} is at the boundary of its support ({boundary.bound:g}): it has a one-sided interval and no "
-            "standard error; the other standard errors hold it there."
-        )
-        if boundary.higher is not None:
-            warnings.append(
-                f"That is not the maximum: the log likelihood is higher by at least {boundary.higher[1]:.2f} where "
-                f"{names[k]} is {boundary.higher[0]:.3g}. Start there, with init_params."
-            )
-    if curvature.indefinite:
-        warnings.append(
-            "The likelihood curves upwards in some direction: this is no maximum. Run more updates, or from another "
-            "start."
-        )
-    elif curvature.singular:
-        warnings.append(
-            f"The data do not determine {_some(curvature.singular)}: these have no standard errors. Fix them, or "
-            "constrain them."
-        )
-    if curvature.hidden and not curvature.indefinite:
-        warnings.append(
-            f"How well the data determine {_some(curvature.hidden)} is lost in Monte Carlo noise: these have no "
-            "standard errors. Reparametrise the latents, so that they depend less on one another."
-        )
     away, blur = mean_and_error(curvature.steps)
     deviation = np.sqrt(np.diag(curvature.covariance))
     moving = curvature.identified & (np.abs(away) > MOVING * deviation) & (np.abs(away) > 3 * blur)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from numpyro.distributions import biject_to
 from numpyro.distributions.constraints import Constraint
 
 from numpyro_smcopt.blocks import Blocks
@@ -23,6 +24,7 @@ from numpyro_smcopt.information import along_each, louis_information
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.population.start import first_cloud
 from numpyro_smcopt.potential import Target, flat_terms
+from numpyro_smcopt.reporting.coordinates import unravel
 from numpyro_smcopt.reporting.effort import SlopeDraws
 from numpyro_smcopt.reporting.islands import Islands, Tally, temper_island, weigh_islands
 from numpyro_smcopt.reporting.reference import Reference, fit_reference
@@ -65,6 +67,16 @@ class Fixed(NamedTuple):
     jacobian: Array
     bounded: Array
     constraints: dict[str, Constraint]
+
+    def constrained(self, flat: np.ndarray) -> Params:
+        """A flat theta [P] on the scale of the model."""
+        theta = unravel(flat, self.theta)
+        return {
+            name: jax.tree.map(
+                lambda v, o, c=constraint: np.asarray(biject_to(c)(v.astype(o.dtype))), theta[name], self.theta[name]
+            )
+            for name, constraint in self.constraints.items()
+        }
 
 
 class Drawn(NamedTuple):

@@ -9,43 +9,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import biject_to
 from numpyro.distributions.constraints import Constraint
 
+from numpyro_smcopt.reporting.boundaries import Boundary
+from numpyro_smcopt.reporting.coordinates import acts_elementwise, ravel, unravel
 from numpyro_smcopt.types import Array, Params, Theta
 
 FAR_FROM_MAXIMUM = 0.05  # standard errors, from which on it is of interest whether the distance is noise
 DRAWS = 20_000  # for intervals of parameters whose transform mixes coordinates
-
-
-@dataclasses.dataclass(frozen=True)
-class Boundary:
-    """A coordinate whose maximum lies on the boundary of its support.
-
-    Attributes:
-        bound: The boundary, on the constrained scale.
-        values: [J] constrained values, from near the boundary on.
-        drops: [J] by how much the profile log likelihood lies below its maximum there.
-        higher: Where the likelihood is higher than at the boundary, a constrained value, and by how many nats at least;
-            None if it is not.
-    """
-
-    bound: float
-    values: np.ndarray
-    drops: np.ndarray
-    higher: tuple[float, float] | None = None
-
-    def limit(self, level: float) -> float:
-        """End of the one-sided interval: the likelihood ratio there is significant at ``1 - level``.
-
-        On the boundary the statistic is an equal mixture of 0 and a chi-squared with one degree of freedom (Self and
-        Liang 1987).
-        """
-        drop = NormalDist().inv_cdf(max(level, 0.5)) ** 2 / 2
-        if drop > self.drops[-1]:
-            return math.nan
-        # The drop is quadratic in a scale near zero.
-        return float(np.interp(np.sqrt(drop), np.sqrt(self.drops), self.values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +139,7 @@ class Report:
         flat_ends = ravel(intervals, 2)
         flat_ends[~np.isfinite(ravel(self.standard_errors))] = np.nan
         for name, boundary in self.boundaries.items():
-            other = boundary.limit(level)
-            flat_ends[self.names.index(name)] = sorted([boundary.bound, other]) if np.isfinite(other) else [np.nan] * 2
+            flat_ends[self.names.index(name)] = boundary.interval(level)
         return unravel(flat_ends, self.params)
 
     def print_summary(self, level: float = 0.95) -> None:
@@ -216,43 +187,6 @@ class Report:
         elif np.isfinite(about["pareto_k"]):
             parts.append(f"Pareto k {about['pareto_k']:.2f}")
         return ["   ".join(parts)] if parts else []
-
-
-def ravel(tree: Any, trailing: int | None = None) -> np.ndarray:
-    """The leaves of a tree side by side, [Q]; with ``trailing`` the last axis of that length is kept, [Q, trailing]."""
-    shape = (-1,) if trailing is None else (-1, trailing)
-    leaves = [np.asarray(leaf, float).reshape(shape) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate(leaves) if leaves else np.zeros((0, *shape[1:]))
-
-
-def unravel(values: np.ndarray, like: Any) -> Any:
-    """[Q, ...] as a tree whose leaves have the shapes of ``like``, further axes behind."""
-    leaves, treedef = jax.tree.flatten(like)
-    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1].astype(int)
-    pieces = np.split(np.asarray(values), ends)
-    shaped = [piece.reshape((*np.shape(leaf), *values.shape[1:])) for piece, leaf in zip(pieces, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, shaped)
-
-
-def coordinate_names(tree: Any) -> tuple[str, ...]:
-    """``"beta[0]"``, ``"cov[1,0]"``, one for each number in a tree, in the order of `ravel`."""
-    names: list[str] = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        site = str(path[0].key) + "".join(f".{_key(key)}" for key in path[1:])
-        names += [site + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(np.shape(leaf))]
-    return tuple(names)
-
-
-def acts_elementwise(constraint: Constraint) -> bool:
-    """Whether each constrained number comes from one unconstrained number."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    transform = biject_to(constraint)
-    return transform.domain.event_dim == 0 and transform.codomain.event_dim == 0
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))
 
 
 def _number(value: float, scale: float) -> str:

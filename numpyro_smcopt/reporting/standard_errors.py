@@ -17,14 +17,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-NOISE = 4.0  # standard errors by which an eigenvalue must exceed zero
-SMALLEST_SHARE = 3e-4  # of the complete-data information; less cannot be told from rounding in single precision
-LARGE_SHARE = 1e-2  # of the complete-data information; noise that could hide as much says nothing about the data
-TURNING = 0.1  # how much curvature may change over a distance of one, both in units of that information
+from numpyro_smcopt.reporting.flat_directions import PART, describe_direction, judge_directions
+
 RESOLVED = 1e-6  # eigenvalue of the complete-data information, relative to its largest: less is rounding
-PART = 1e-4  # of a coordinate's variance, in a singular direction; with more it is not identified
-SHOWN_PART = 0.05
 ROUNDING = 1e-6  # error of a score in single precision, in units of its spread under the complete-data information
 
 
@@ -55,9 +52,9 @@ class Curvature(NamedTuple):
 
 
 def curvature_of(
-    score: np.ndarray,
-    information: np.ndarray,
-    complete: np.ndarray,
+    score: ArrayLike,
+    information: ArrayLike,
+    complete: ArrayLike,
     names: Sequence[str],
     held: np.ndarray | None = None,
     settled: np.ndarray | None = None,
@@ -74,8 +71,8 @@ def curvature_of(
         settled: [P, P] complete-data information with latents that stay, in whose terms directions are judged; by
             default the diagonal of ``complete``.
     """
-    size = score.shape[1]
     score, information = np.asarray(score, float), np.asarray(information, float)
+    size = score.shape[1]
     mean_score, mean = score.mean(0), information.mean(0)
     complete = np.asarray(complete, float)
     diagonal = np.abs(np.diag(complete))
@@ -94,15 +91,11 @@ def curvature_of(
     values, vectors = np.linalg.eigh(scaled.mean(0))
     each = np.sum(vectors * (scaled @ vectors), 1)
     noise = mean_and_error(each)[1]
-    singular = ~(values > np.maximum(NOISE * noise, SMALLEST_SHARE))
-    # Where theta is not at the maximum, a rotation that changes nothing is not straight: it curves as the score slopes.
-    slope = TURNING * np.linalg.norm(frame.T @ mean_score[used])
-    indefinite = bool(np.any(values < -np.maximum(NOISE * noise, SMALLEST_SHARE + slope)))
-    hidden = singular & (np.abs(values) <= NOISE * noise) & (values + NOISE * noise > LARGE_SHARE)
+    singular, hidden, indefinite = judge_directions(values, noise, float(np.linalg.norm(frame.T @ mean_score[used])))
     of_used = [names[i] for i in used.tolist()]
     directions = frame @ vectors
     components = directions / np.sqrt(np.sum(directions**2, 1, keepdims=True))
-    describe = lambda which: [_describe(components[:, k], of_used) for k in np.flatnonzero(which)]  # noqa: E731
+    describe = lambda which: [describe_direction(components[:, k], of_used) for k in np.flatnonzero(which)]  # noqa: E731
 
     kept = ~singular
     inverse = (directions[:, kept] / values[kept]) @ directions[:, kept].T
@@ -149,17 +142,9 @@ def whitening(information: np.ndarray) -> np.ndarray:
     return scale[:, None] * (vectors / np.sqrt(floored)) @ vectors.T
 
 
-def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_error(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Mean over R independent values [R, ...] and its standard error, which is 0 for a single one."""
+    values = np.asarray(values)
     num = len(values)
     error = values.std(0, ddof=1) / np.sqrt(num) if num > 1 else np.zeros(values.shape[1:])
     return values.mean(0), error
-
-
-def _describe(direction: np.ndarray, names: Sequence[str]) -> str:
-    order = np.argsort(-np.abs(direction), kind="stable").tolist()
-    shown = [names[i] for i in order if direction[i] ** 2 > SHOWN_PART][:6]
-    more = int(np.sum(direction**2 > PART)) - len(shown)
-    if len(shown) == 1 and more <= 0:
-        return shown[0]
-    return "a combination of " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
