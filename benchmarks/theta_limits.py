@@ -24,7 +24,7 @@ from numpyro_smcopt import SMCOptimizer
 from numpyro_smcopt.adaptation import BisectedLimit, FirstOrderLimit
 from numpyro_smcopt.population.gradients import step_probe
 from numpyro_smcopt.potential import flat_terms
-from numpyro_smcopt.weights import kept_fraction, weighted_variance
+from numpyro_smcopt.weights import conditional_ess, weighted_variance
 
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -54,7 +54,7 @@ def realised(target, state, direction):
     step = LONG / jnp.sqrt(spread) * direction
 
     def left(rule):
-        return jnp.min(kept_fraction(probe.log_weights, probe.increments(rule(probe, step) * step)))
+        return jnp.min(conditional_ess(probe.log_weights, probe.increments(rule(probe, step) * step)))
 
     return jnp.array([[left(rule(value)) for value in TARGETS] for rule in RULES.values()])
 

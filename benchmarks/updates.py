@@ -31,7 +31,7 @@ from numpyro.distributions import constraints
 
 from numpyro_smcopt import SMCOptimizer, one_block
 from numpyro_smcopt.kernels import MALA, ULA, Preconditioning
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.runs.compilation import compiler_options
 
 SIZES = [(n, d) for n in (100, 1_000, 10_000) for d in (10, 100, 1_000)]
@@ -92,7 +92,7 @@ def noise(x, steps):
 
     @jax.jit
     def loop(x):
-        draw = lambda k, x: x + draw_noise(random.fold_in(random.key(0), k), x, 0).normal  # noqa: E731
+        draw = lambda k, x: x + draw_random_numbers(random.fold_in(random.key(0), k), x, 0).normal  # noqa: E731
         return lax.fori_loop(0, steps, draw, x)
 
     return lambda: loop(x)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_smcopt.types import Array
-from numpyro_smcopt.weights import kept_fraction, weighted_variance
+from numpyro_smcopt.weights import conditional_ess, weighted_variance
 
 SMALLEST_SIZE = 1e-6
 LARGEST_SIZE = 1e3
@@ -67,7 +67,7 @@ def adapt_unadjusted_size(size: Array, kept: Array, target: float | None, num_up
 
     Args:
         size: [B] step sizes.
-        kept: [B] fraction of the effective particles that a move kept, `weights.kept_fraction`.
+        kept: [B] fraction of the effective particles that a move kept, `weights.conditional_ess`.
         target: What it should be; None keeps the sizes.
         num_updates: [] updates so far.
     """
@@ -348,7 +348,7 @@ class BisectedLimit:
         def halve(k: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
             tried = jnp.where(k == 0, high, (low + high) / 2)  # the whole step may do
-            ess = jnp.min(kept_fraction(probe.log_weights, probe.increments(jnp.exp(tried) * step)))
+            ess = jnp.min(conditional_ess(probe.log_weights, probe.increments(jnp.exp(tried) * step)))
             enough = ess >= self.target_ess
             return jnp.where(enough, tried, low), jnp.where(enough, high, tried)
 

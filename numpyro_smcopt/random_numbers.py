@@ -37,7 +37,7 @@ TAIL = (
 )  # fmt: skip
 
 
-class Noise(NamedTuple):
+class RandomNumbers(NamedTuple):
     """The randomness of one move of one particle; with a leading axis [N], of a cloud.
 
     Attributes:
@@ -49,8 +49,8 @@ class Noise(NamedTuple):
     uniform: Array
 
 
-def draw_noise(rng_key: Array, x: Array, num_uniforms: int) -> Noise:
-    """Noise for one move of every particle.
+def draw_random_numbers(rng_key: Array, x: Array, num_uniforms: int) -> RandomNumbers:
+    """Random numbers for one move of every particle.
 
     Args:
         rng_key: A key.
@@ -61,9 +61,9 @@ def draw_noise(rng_key: Array, x: Array, num_uniforms: int) -> Noise:
     shape = (num_particles, num_latents + num_uniforms)
     if x.dtype == jnp.float32:
         bits = _bits(rng_key, shape)
-        return Noise(_normals(bits[:, :num_latents]), _uniforms(bits[:, num_latents:]))
+        return RandomNumbers(_normals(bits[:, :num_latents]), _uniforms(bits[:, num_latents:]))
     uniform = random.uniform(rng_key, shape, x.dtype, minval=jnp.finfo(x.dtype).tiny)
-    return Noise(ndtri(uniform[:, :num_latents]), uniform[:, num_latents:])
+    return RandomNumbers(ndtri(uniform[:, :num_latents]), uniform[:, num_latents:])
 
 
 def draw_normals(rng_key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:

@@ -48,7 +48,7 @@ def effective_sample_size(log_weights: jax.Array) -> jax.Array:
     return jnp.where(dead, 0.0, ess)
 
 
-def kept_fraction(log_weights: jax.Array, log_increment: jax.Array) -> jax.Array:
+def conditional_ess(log_weights: jax.Array, log_increment: jax.Array) -> jax.Array:
     """``(sum_i w_i G_i)^2 / sum_i w_i G_i^2``: what one reweighting keeps of the effective particles, in [0, 1].
 
     The conditional effective sample size of Zhou, Johansen and Aston 2016, as a fraction. Unlike the effective sample

@@ -17,7 +17,7 @@ from jax import random
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import one_block
 from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Preconditioner, Step
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.resampling import systematic, when_ess_below
 from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
 
@@ -63,8 +63,8 @@ def skewed_map(blocks, seed=0):
 
 
 def noise_for(kernel, rng_key, x, blocks):
-    """Noise for one move of a cloud [N, D]."""
-    return draw_noise(rng_key, x, kernel.num_uniforms(x.shape[1], blocks.num_blocks))
+    """Random numbers for one move of a cloud [N, D]."""
+    return draw_random_numbers(rng_key, x, kernel.num_uniforms(x.shape[1], blocks.num_blocks))
 
 
 def move_all(kernel, rng_key, points, potential, step):

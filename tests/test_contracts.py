@@ -68,7 +68,7 @@ from numpyro_smcopt.objectives import (
     Reward,
     term_coefficients,
 )
-from numpyro_smcopt.random_numbers import Noise
+from numpyro_smcopt.random_numbers import RandomNumbers
 from numpyro_smcopt.resampling import multinomial, residual, stratified, systematic
 
 STANDARD_ERRORS = 4.0
@@ -298,7 +298,7 @@ def test_blocks_move_as_separate_runs_would(name):
     changed = []
     for block, members, own in ((0, [0, 2], [0, 3]), (1, [1], [1])):
         members = jnp.asarray(members)
-        of_block = Noise(noise.normal[:, members], noise.uniform.reshape(num, -1, 2)[..., block])
+        of_block = RandomNumbers(noise.normal[:, members], noise.uniform.reshape(num, -1, 2)[..., block])
         rest = lambda x, members=members: jnp.zeros(3).at[members].set(x)  # noqa: E731
         alone_terms = lambda x, own=own, rest=rest: terms(rest(x))[jnp.asarray(own)]  # noqa: E731
         alone_blocks = partition(alone_terms, len(members), joint=True)

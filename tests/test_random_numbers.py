@@ -10,7 +10,7 @@ from jax import random
 from scipy import special, stats
 
 from numpyro_smcopt import random_numbers
-from numpyro_smcopt.random_numbers import draw_noise, draw_normals
+from numpyro_smcopt.random_numbers import draw_normals, draw_random_numbers
 
 
 def test_numbers_are_the_quantiles_of_their_bits():
@@ -27,7 +27,7 @@ def test_numbers_are_the_quantiles_of_their_bits():
 def test_noise_is_normal_and_uniform_and_uncorrelated(dtype):
     num = 20_000
     with jax.enable_x64(True):
-        drawn = draw_noise(random.key(0), jnp.zeros((num, 2), dtype), 4)
+        drawn = draw_random_numbers(random.key(0), jnp.zeros((num, 2), dtype), 4)
         more = draw_normals(random.key(0), (num, 3), dtype)
     assert drawn.normal.dtype == drawn.uniform.dtype == more.dtype == dtype
     assert drawn.normal.shape == (num, 2) and drawn.uniform.shape == (num, 4)
@@ -41,7 +41,7 @@ def test_noise_is_normal_and_uniform_and_uncorrelated(dtype):
 
 
 def test_a_kernel_without_uniforms_gets_none():
-    assert draw_noise(random.key(0), jnp.zeros((5, 3)), 0).uniform.shape == (5, 0)
+    assert draw_random_numbers(random.key(0), jnp.zeros((5, 3)), 0).uniform.shape == (5, 0)
 
 
 @pytest.mark.parametrize("key", [random.key, random.PRNGKey, lambda seed: random.key(seed, impl="rbg")])

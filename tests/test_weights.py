@@ -19,9 +19,9 @@ from scipy.special import logsumexp
 
 from numpyro_smcopt.weights import (
     block_moments,
+    conditional_ess,
     effective_sample_size,
     incremental_log_weight,
-    kept_fraction,
     reweight,
     small_sample_factor,
     uniform_log_weights,
@@ -308,21 +308,21 @@ def test_double_precision_is_kept():
         np.testing.assert_allclose(new.log_mean, 1.0, rtol=1e-14)
 
 
-def test_kept_fraction_charges_a_step_for_itself_only():
+def test_conditional_ess_charges_a_step_for_itself_only():
     """Gaussian increments of variance v keep ``exp(-v)``, whatever the weights were before."""
     rng = np.random.default_rng(0)
     log_weights = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(200_000, 2)) * [0.0, 1.5]), axis=0)
     increment = jnp.asarray(rng.normal(size=(200_000, 2)) * 0.5 + 7.0)
-    np.testing.assert_allclose(kept_fraction(log_weights, increment), np.exp(-0.25), rtol=0.02)
+    np.testing.assert_allclose(conditional_ess(log_weights, increment), np.exp(-0.25), rtol=0.02)
     assert effective_sample_size(log_weights + increment)[1] < 0.2 * 200_000
 
 
-def test_kept_fraction_of_lost_particles():
+def test_conditional_ess_of_lost_particles():
     log_weights = jnp.log(jnp.full((4, 3), 0.25))
     increment = jnp.array(
         [[0.0, jnp.nan, -jnp.inf], [0.0, jnp.nan, jnp.inf], [0.0, 5.0, jnp.nan], [0.0, 5.0, -jnp.inf]]
     )
-    np.testing.assert_allclose(kept_fraction(log_weights, increment), [1.0, 0.5, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(conditional_ess(log_weights, increment), [1.0, 0.5, 0.0], rtol=1e-6)
 
 
 def test_block_moments_are_weighted_moments_of_every_coordinate():

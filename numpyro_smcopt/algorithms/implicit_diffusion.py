@@ -32,7 +32,7 @@ from numpyro_smcopt.algorithms.base import ParticleAlgorithm
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
-from numpyro_smcopt.population.safeguards import next_caution
+from numpyro_smcopt.population.safeguards import next_backoff
 from numpyro_smcopt.population.start import Start, refuse_loss
 from numpyro_smcopt.potential import Target, check_key
 from numpyro_smcopt.random_numbers import split
@@ -53,7 +53,7 @@ class ImplicitDiffusionState(NamedTuple):
         particles: State of the sampler.
         assessed: Loss and gradient at ``theta``; the gradient is zero where it was not finite.
         usable: [] bool, whether it was; else theta stays in the next update.
-        caution: [] factor on the steps of theta: one, or less after a gradient that was not finite.
+        step_backoff: [] factor on the steps of theta: one, or less after a gradient that was not finite.
         theta_state: State of the theta step.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
@@ -70,7 +70,7 @@ class ImplicitDiffusionState(NamedTuple):
     particles: Any
     assessed: Assessed
     usable: Array
-    caution: Array
+    step_backoff: Array
     theta_state: Any
     blocks: Blocks
     num_updates: Array
@@ -188,7 +188,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             particles=particles,
             assessed=_sound(assessed, assessed),
             usable=_is_usable(assessed),
-            caution=jnp.ones((), flat.dtype),
+            step_backoff=jnp.ones((), flat.dtype),
             theta_state=self._theta_step(target, theta, particles).init(flat),
             blocks=blocks,
             num_updates=zero,
@@ -208,12 +208,12 @@ class ImplicitDiffusion(ParticleAlgorithm):
 
         # Theta
         theta_step = self._theta_step(target, state.theta, state.particles)
-        around = sampler.surroundings(target, state.theta, state.particles, state.blocks, state.num_updates)
+        around = sampler.step_context(target, state.theta, state.particles, state.blocks, state.num_updates)
         around = around._replace(
             gradient=assessed.gradient,
             loss=assessed.loss,
             curvature=assessed.curvature,
-            admit=lambda step: controls["learning_rate"] * state.caution * step,
+            admit=lambda step: controls["learning_rate"] * state.step_backoff * step,
         )
         proposed, theta_state = theta_step.update(state.theta_state, flat, around)
         sound = jnp.all(jnp.isfinite(proposed)) & state.usable
@@ -235,7 +235,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             particles=particles,
             assessed=assessed,
             usable=_is_usable(seen),
-            caution=next_caution(state.caution, jnp.asarray(True), sound),
+            step_backoff=next_backoff(state.step_backoff, jnp.asarray(True), sound),
             theta_state=theta_state,
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
@@ -247,7 +247,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
         return self.optim or self.sampler.theta_step(target, theta, particles, self.objective)
 
     def _controls(self, state: ImplicitDiffusionState) -> dict[str, Array]:
-        return {"learning_rate": state.caution.dtype.type(1.0), **self.sampler.controls(state.particles)}
+        return {"learning_rate": state.step_backoff.dtype.type(1.0), **self.sampler.controls(state.particles)}
 
     def _attached(self) -> Any:
         return self.objective.arrays

@@ -35,17 +35,17 @@ from numpyro_smcopt.population.gradients import (
     Gradient,
     default_theta_step,
     gradient_of_rest,
+    step_context,
     step_probe,
     surrogate_gradient,
-    surroundings,
 )
-from numpyro_smcopt.population.safeguards import SHORTER, Judged, advance, directly, next_caution, unspoiled
+from numpyro_smcopt.population.safeguards import SHORTER, Judged, advance, directly, next_backoff, unspoiled
 from numpyro_smcopt.potential import Target, flat_terms, strong
-from numpyro_smcopt.random_numbers import Noise, draw_noise, split
+from numpyro_smcopt.random_numbers import RandomNumbers, draw_random_numbers, split
 from numpyro_smcopt.resampling import ResamplingScheme
-from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.types import Array, Params, Theta
-from numpyro_smcopt.weights import Reweighted, incremental_log_weight, kept_fraction, reweight
+from numpyro_smcopt.weights import Reweighted, conditional_ess, incremental_log_weight, reweight
 
 KEPT_BY_A_MOVE = 0.2  # of the effective particles, or the move of a weighted kernel is not made
 
@@ -63,8 +63,8 @@ class SMCState(NamedTuple):
         relative: [] bool, whether the start is unknown (the prior cannot be sampled) and set to zero.
         step: Step sizes and preconditioner of the kernel.
         theta_state: State of the theta step.
-        pending: [P] where theta goes next, if the order is to weigh first (see `SMCOptimizer`).
-        caution: [] factor on the steps of theta: one, or less after a step was refused.
+        next_theta: [P] where theta goes next, if the order is to weigh first (see `SMCOptimizer`).
+        step_backoff: [] factor on the steps of theta: one, or less after a step was refused.
         blocks: The partition of the latents.
         num_updates: [] updates so far.
         num_refused: [] updates in which theta stayed because a block would have lost all weight, or something in its
@@ -86,8 +86,8 @@ class SMCState(NamedTuple):
     relative: Array
     step: Step
     theta_state: Any
-    pending: Array
-    caution: Array
+    next_theta: Array
+    step_backoff: Array
     blocks: Blocks
     num_updates: Array
     num_refused: Array
@@ -123,7 +123,7 @@ class SMCUpdate:
         state, step = state._replace(blocks=blocks), state.step._replace(size=controls["step_size"])
         keys = split(state.rng_key, 2 + num_blocks)
         num_uniforms = self.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
-        noise = draw_noise(keys[1], state.points.x, num_uniforms)
+        random_numbers = draw_random_numbers(keys[1], state.points.x, num_uniforms)
         _, flat, unravel = flat_terms(target, state.theta)
         theta_step = self.theta_step(target, state.theta, num_particles, num_blocks)
 
@@ -131,22 +131,22 @@ class SMCUpdate:
         gradient, proposed, theta_state, usable = self._propose(target, state, theta_step, controls)
 
         # Move and weigh (weighted kernels), or weigh where the particles are (invariant kernels)
-        judge = partial(self._judge, target, state, proposed, noise, step)
+        judge = partial(self._judge, target, state, proposed, random_numbers, step)
         judged_by = unspoiled if self._shares_passes(state) else directly
         judged = judged_by(judge, state.points.x, jnp.zeros(state.log_weights.shape, bool))
         points, log_weights, sound = judged.points, judged.log_weights, judged.sound
         keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
         here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
         ess = jnp.where(sound, judged.weighed.ess, jnp.inf)
-        pending = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
+        next_theta = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
         state = state._replace(log_evidence_change=state.log_evidence_change + judged.gained)
 
         # Next theta, from the weighted particles before they are resampled and moved
         if judged.estimate is not None:
             gradient = judged.gradient
-            around = self._surroundings(target, state, points, log_weights, here, gradient, judged.estimate, controls)
-            following, next_state, usable = advance(theta_step, theta_state, here, around)
-            pending, theta_state = keep(following, pending), keep(next_state, theta_state)
+            around = self._step_context(target, state, points, log_weights, here, gradient, judged.estimate, controls)
+            following, next_theta_state, usable = advance(theta_step, theta_state, here, around)
+            next_theta, theta_state = keep(following, next_theta), keep(next_theta_state, theta_state)
 
         # Resample
         threshold = jnp.where(controls["resample"], controls["ess_threshold"], -1.0)
@@ -156,7 +156,7 @@ class SMCUpdate:
 
         # Move (invariant kernels)
         if isinstance(self.kernel, InvariantKernel):
-            points, accepted = self._move(target, state, unravel(here), points, noise, step)
+            points, accepted = self._move(target, state, unravel(here), points, random_numbers, step)
             acceptance = jnp.sum(jnp.exp(log_weights) * accepted, 0)
             size = adapt_size(step.size, acceptance, self.kernel.target, state.num_updates)
         else:
@@ -174,8 +174,8 @@ class SMCUpdate:
             log_weights=log_weights,
             step=Step(size, preconditioner),
             theta_state=theta_state,
-            pending=pending,
-            caution=next_caution(state.caution, sound, usable),
+            next_theta=next_theta,
+            step_backoff=next_backoff(state.step_backoff, sound, usable),
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
             num_lost=jnp.zeros_like(state.num_lost),
@@ -187,7 +187,14 @@ class SMCUpdate:
         return state._replace(diagnostics=self.with_objective(diagnostics, judged.estimate))
 
     def _judge(
-        self, target: Target, state: SMCState, proposed: Array, noise: Noise, step: Step, x: Array, lost: Array
+        self,
+        target: Target,
+        state: SMCState,
+        proposed: Array,
+        random_numbers: RandomNumbers,
+        step: Step,
+        x: Array,
+        lost: Array,
     ) -> Judged:
         """Particles ``x`` weighed at theta', a refusal if need be, and loss and gradient where theta then is.
 
@@ -195,14 +202,14 @@ class SMCUpdate:
         """
         _, flat, unravel = flat_terms(target, state.theta)
         blocks = state.blocks
-        moved, change, backward, kept = self._weigh(target, state, proposed, noise, step, x)
+        moved, change, backward, kept = self._weigh(target, state, proposed, random_numbers, step, x)
         # A particle without a finite gradient has no future.
         change = jnp.where(jnp.isfinite(blocks.sum_coordinates(moved.grad)) & ~lost, change, jnp.nan)
         if moved.score is not None:  # where none is finite it is theta that is at fault, and stays
             scored = jnp.all(jnp.isfinite(moved.score), 1, keepdims=True)
             change = jnp.where(scored | ~jnp.any(scored), change, jnp.nan)
         weighed = reweight(state.log_weights, change)
-        kept = kept_fraction(state.log_weights, change) if kept is None else kept
+        kept = conditional_ess(state.log_weights, change) if kept is None else kept
         gained = jnp.sum(weighed.log_mean) + jnp.mean(blocks.sum_free_terms(state.points.terms - moved.terms))
 
         # Refuse a step that leaves a block without weight, or theta not finite
@@ -236,7 +243,7 @@ class SMCUpdate:
         The default order weighs, takes the gradient, and then moves the particles: the particles that weigh a step
         have then moved since they proposed it, so the log evidence is not pulled up by steps that were fitted to the
         very particles that judge them. Objectives other than the marginal likelihood always have that order: the loss
-        and the gradient are then those of one and the same theta and cloud, before resampling adds its noise.
+        and the gradient are then those of one and the same theta and cloud, before resampling adds its random_numbers.
         """
         return self.maximises_likelihood and (self.optim is not None or isinstance(self.kernel, WeightedKernel))
 
@@ -254,14 +261,14 @@ class SMCUpdate:
         """
         _, flat, _ = flat_terms(target, state.theta)
         if not self._gradient_first:
-            return jnp.zeros_like(flat), state.pending, state.theta_state, jnp.asarray(True)
+            return jnp.zeros_like(flat), state.next_theta, state.theta_state, jnp.asarray(True)
         estimate = self.estimate(target, state, state.points, state.log_weights, state.theta)
         gradient = surrogate_gradient(target, state.blocks, state.theta)(state.points, estimate)
-        around = self._surroundings(target, state, state.points, state.log_weights, flat, gradient, estimate, controls)
+        around = self._step_context(target, state, state.points, state.log_weights, flat, gradient, estimate, controls)
         return gradient, *advance(theta_step, state.theta_state, flat, around)
 
     def _weigh(
-        self, target: Target, state: SMCState, proposed: Array, noise: Noise, step: Step, x: Array
+        self, target: Target, state: SMCState, proposed: Array, random_numbers: RandomNumbers, step: Step, x: Array
     ) -> tuple[Point, Array, Gradient, Array | None]:
         """Particles evaluated at theta', [N, B] what their log weights gain, an estimate's way to a gradient, and [B].
 
@@ -277,12 +284,14 @@ class SMCUpdate:
             return incremental_log_weight(state.points.terms, points.terms, state.blocks.sum_terms, log_ratio)
 
         if isinstance(self.kernel, WeightedKernel):
-            move = lambda noise, p: self.kernel.move(noise, p, Potential(evaluate, state.blocks), step)  # noqa: E731
-            points, log_ratio = jax.vmap(move)(noise, state.points)
+            potential = Potential(evaluate, state.blocks)
+            points, log_ratio = jax.vmap(lambda drawn, p: self.kernel.move(drawn, p, potential, step))(
+                random_numbers, state.points
+            )
             change = gain(points, log_ratio)
             # Of those that met a finite energy: the others are not for the step size to answer for.
             survived = jnp.sum(jnp.where(jnp.isfinite(change), jnp.exp(state.log_weights), 0.0), 0)
-            kept = kept_fraction(state.log_weights, change) / jnp.maximum(survived, jnp.finfo(change.dtype).tiny)
+            kept = conditional_ess(state.log_weights, change) / jnp.maximum(survived, jnp.finfo(change.dtype).tiny)
             moves = kept >= KEPT_BY_A_MOVE
             where = state.blocks.to_coordinates(moves)
 
@@ -320,7 +329,7 @@ class SMCUpdate:
         masked = jnp.asarray(estimate.num_masked, jnp.int32)
         return diagnostics | estimate.diagnostics | {"loss": estimate.loss, "num_masked": masked}
 
-    def _surroundings(
+    def _step_context(
         self,
         target: Target,
         state: SMCState,
@@ -330,23 +339,25 @@ class SMCUpdate:
         gradient: Array,
         estimate: Estimate,
         controls: dict[str, Any],
-    ) -> Surroundings:
+    ) -> StepContext:
         loss = -log_evidence(state) if self.maximises_likelihood else estimate.loss
         place = target, state.theta, theta, points, log_weights, state.blocks
 
         def admit(step: Array) -> Array:
-            step = controls["learning_rate"] * state.caution * step
+            step = controls["learning_rate"] * state.step_backoff * step
             return controls["theta_limit"](step_probe(*place), step) * step
 
-        found = surroundings(*place, state.num_updates)
+        found = step_context(*place, state.num_updates)
         return found._replace(gradient=gradient, loss=loss, curvature=estimate.curvature, admit=admit)
 
     def _move(
-        self, target: Target, state: SMCState, theta: Theta, points: Point, noise: Noise, step: Step
+        self, target: Target, state: SMCState, theta: Theta, points: Point, random_numbers: RandomNumbers, step: Step
     ) -> tuple[Point, Array]:
         """One invariant move of every particle at ``theta``; the acceptance of each block, [N, B]."""
         potential = Potential(evaluator(target, theta, points.score is not None), state.blocks)
-        return jax.vmap(lambda noise, p: self.kernel.move(noise, p, potential, step))(noise, points)
+        return jax.vmap(lambda random_numbers, p: self.kernel.move(random_numbers, p, potential, step))(
+            random_numbers, points
+        )
 
     def theta_step(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> ThetaStep:
         """The step of theta, by default the one that needs no learning rate."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
-from numpyro_smcopt.random_numbers import Noise
+from numpyro_smcopt.random_numbers import RandomNumbers
 from numpyro_smcopt.types import Array
 
 
@@ -90,11 +90,13 @@ class InvariantKernel(abc.ABC):
         return num_blocks
 
     @abc.abstractmethod
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """Move one particle.
 
         Args:
-            noise: The randomness of the move.
+            random_numbers: The randomness of the move.
             point: The particle, evaluated under ``potential``.
             potential: The target.
             step: Step sizes and preconditioner.
@@ -126,11 +128,13 @@ class WeightedKernel(abc.ABC):
         return 0
 
     @abc.abstractmethod
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """Move one particle from the old target to the new one.
 
         Args:
-            noise: The randomness of the move.
+            random_numbers: The randomness of the move.
             point: The particle, evaluated under the *old* potential, which drives the move.
             potential: The *new* target; the backward kernel belongs to it.
             step: Step sizes and preconditioner, the same for both directions.

@@ -19,7 +19,7 @@ from jax import lax
 from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
-from numpyro_smcopt.random_numbers import Noise
+from numpyro_smcopt.random_numbers import RandomNumbers
 from numpyro_smcopt.types import Array
 
 
@@ -58,10 +58,12 @@ class HMC(InvariantKernel):
         del num_latents
         return 2 * num_blocks
 
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
         blocks, L = potential.blocks, step.preconditioner
-        uniform = noise.uniform.reshape(2, blocks.num_blocks)
+        uniform = random_numbers.uniform.reshape(2, blocks.num_blocks)
         eps = blocks.to_coordinates(step.size * (1 - self.jitter * uniform[0]))
 
         def leapfrog(state: tuple[Point, Array, Array], _: None) -> tuple[tuple[Point, Array, Array], None]:
@@ -71,7 +73,7 @@ class HMC(InvariantKernel):
             slope = L.apply_transpose(here.grad, blocks)
             return (here, slope, p - eps / 2 * slope), None
 
-        start = point, L.apply_transpose(point.grad, blocks), noise.normal
+        start = point, L.apply_transpose(point.grad, blocks), random_numbers.normal
         (proposal, _, end), _ = lax.scan(leapfrog, start, None, length=self.num_leapfrog)
-        log_ratio = 0.5 * blocks.sum_coordinates(noise.normal**2 - end**2)
+        log_ratio = 0.5 * blocks.sum_coordinates(random_numbers.normal**2 - end**2)
         return accept(jnp.log(uniform[1]), log_ratio, point, proposal, blocks)

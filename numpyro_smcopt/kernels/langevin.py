@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
-from numpyro_smcopt.random_numbers import Noise
+from numpyro_smcopt.random_numbers import RandomNumbers
 from numpyro_smcopt.types import Array
 
 
@@ -42,9 +42,11 @@ class ULA(WeightedKernel):
     preconditioning: Preconditioning = preconditioners.none
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """See `WeightedKernel.move`."""
-        return _langevin(noise.normal, point, potential, step)
+        return _langevin(random_numbers.normal, point, potential, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +64,12 @@ class MALA(InvariantKernel):
     preconditioning: Preconditioning = preconditioners.diagonal
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
-        proposal, log_ratio = _langevin(noise.normal, point, potential, step)
-        return accept(jnp.log(noise.uniform), log_ratio, point, proposal, potential.blocks)
+        proposal, log_ratio = _langevin(random_numbers.normal, point, potential, step)
+        return accept(jnp.log(random_numbers.uniform), log_ratio, point, proposal, potential.blocks)
 
 
 def _langevin(xi: Array, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, accept
 from numpyro_smcopt.kernels.preconditioners import Preconditioning
-from numpyro_smcopt.random_numbers import Noise
+from numpyro_smcopt.random_numbers import RandomNumbers
 from numpyro_smcopt.types import Array
 
 
@@ -28,11 +28,15 @@ class RandomWalk(InvariantKernel):
     preconditioning: Preconditioning = preconditioners.diagonal
     num_evaluations: int = dataclasses.field(default=1, init=False)
 
-    def move(self, noise: Noise, point: Point, potential: Potential, step: Step) -> tuple[Point, Array]:
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
         """See `InvariantKernel.move`."""
         blocks = potential.blocks
-        shift = step.preconditioner.apply(jnp.sqrt(2 * blocks.to_coordinates(step.size)) * noise.normal, blocks)
+        shift = step.preconditioner.apply(
+            jnp.sqrt(2 * blocks.to_coordinates(step.size)) * random_numbers.normal, blocks
+        )
         proposal = potential.evaluate(point.x + shift)
         # The move needs no gradient, but what follows does: without a finite one the proposal is rejected.
         finite = jnp.isfinite(blocks.sum_coordinates(proposal.grad))
-        return accept(jnp.log(noise.uniform), jnp.where(finite, 0.0, jnp.nan), point, proposal, blocks)
+        return accept(jnp.log(random_numbers.uniform), jnp.where(finite, 0.0, jnp.nan), point, proposal, blocks)

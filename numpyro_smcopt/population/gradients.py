@@ -17,9 +17,9 @@ from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.objectives import Estimate, MarginalLikelihood, Objective, term_coefficients
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.potential import Target, flat_terms
-from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, Surroundings, ThetaStep, as_theta_step
+from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, StepContext, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
-from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, weighted_variance
+from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, weighted_variance
 
 Gradient: TypeAlias = Callable[[Point, Estimate], Array]
 """Particles [N, ...] and what the objective says of them, to the gradient [P]."""
@@ -48,9 +48,9 @@ def gradient_of_rest(estimate: Estimate, theta: Theta) -> Array | float:
     return 0.0 if estimate.rest is None else ravel_pytree(jax.grad(estimate.rest)(theta))[0]
 
 
-def surroundings(
+def step_context(
     target: Target, like: Theta, theta: Array, points: Point, log_weights: Array, blocks: Blocks, num_updates: Array
-) -> Surroundings:
+) -> StepContext:
     """What a theta step may ask at ``theta``; gradient, loss and curvature are left to the caller.
 
     Args:
@@ -87,12 +87,12 @@ def surroundings(
         slopes = step_probe(target, like, theta, points, log_weights, blocks).slopes(step)
         return jnp.max(jax.vmap(weighted_variance, in_axes=1)(log_weights, slopes))
 
-    def kept(step: Array) -> Array:
+    def conditional(step: Array) -> Array:
         probe = step_probe(target, like, theta, points, log_weights, blocks)
-        return jnp.min(kept_fraction(log_weights, probe.increments(step)))
+        return jnp.min(conditional_ess(log_weights, probe.increments(step)))
 
     zero = jnp.zeros((), theta.dtype)
-    return Surroundings(jnp.zeros_like(theta), zero, information, fisher, spread=spread, kept=kept)
+    return StepContext(jnp.zeros_like(theta), zero, information, fisher, spread=spread, conditional_ess=conditional)
 
 
 def default_theta_step(
@@ -120,7 +120,7 @@ def default_theta_step(
 def step_probe(
     target: Target, like: Theta, theta: Array, points: Point, log_weights: Array, blocks: Blocks
 ) -> StepProbe:
-    """What a step from ``theta`` would do to the weights; arguments as for `surroundings`."""
+    """What a step from ``theta`` would do to the weights; arguments as for `step_context`."""
     terms_fn, _, _ = flat_terms(target, like)
 
     def slopes(step: Array) -> Array:

@@ -4,7 +4,7 @@
 
 A particle whose energy or gradient is not finite loses its weight (`weights.reweight`) and waits at the heaviest one of
 its block (`particles.revived`), so that it spoils nothing. A step of theta is refused if it would leave a block without
-any weight, and skipped if its gradient is not finite; what follows is shorter (`next_caution`).
+any weight, and skipped if its gradient is not finite; what follows is shorter (`next_backoff`).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.objectives import Estimate
-from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.traces import traced_once
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import Reweighted
@@ -76,7 +76,7 @@ def unspoiled(judge: JudgeFn, x: Array, lost: Array) -> Judged:
     return jax.lax.while_loop(spoiled, attempt, (jnp.zeros((), jnp.int32), x, lost, nothing))[3]
 
 
-def advance(theta_step: ThetaStep, theta_state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any, Array]:
+def advance(theta_step: ThetaStep, theta_state: Any, theta: Array, around: StepContext) -> tuple[Array, Any, Array]:
     """The next theta [P] and state of the theta step, and whether all that went into them was finite; else the old."""
     following, new = theta_step.update(theta_state, theta, around)
     usable = jnp.all(jnp.isfinite(around.gradient)) & jnp.all(jnp.isfinite(following))
@@ -84,13 +84,13 @@ def advance(theta_step: ThetaStep, theta_state: Any, theta: Array, around: Surro
     return keep(following, theta), keep(new, theta_state), usable
 
 
-def next_caution(caution: Array, sound: Array, usable: Array) -> Array:
+def next_backoff(step_backoff: Array, sound: Array, usable: Array) -> Array:
     """[] factor on the next steps of theta.
 
     Args:
-        caution: [] the present one.
+        step_backoff: [] the present one.
         sound: [] bool, whether the last step was not refused.
         usable: [] bool, whether the last gradient was finite.
     """
     factor = jnp.where(sound, jnp.where(usable, RECOVERY, SLOWER), SHORTER)
-    return jnp.clip(factor * caution, SHORTEST, 1.0).astype(caution.dtype)
+    return jnp.clip(factor * step_backoff, SHORTEST, 1.0).astype(step_backoff.dtype)

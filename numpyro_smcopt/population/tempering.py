@@ -20,7 +20,7 @@ from jax import lax, random
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step
 from numpyro_smcopt.kernels.preconditioners import Curvature, Preconditioner
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import effective_sample_size, reweight, uniform_log_weights
@@ -109,11 +109,11 @@ def temper(
 
         def move(j: Array, carry: tuple) -> tuple:
             points, size, _ = carry
-            noise = draw_noise(random.fold_in(key_move, j), points.x, num_uniforms)
+            drawn = draw_random_numbers(random.fold_in(key_move, j), points.x, num_uniforms)
             # The spread is taken anew for every move: a cloud that starts in the wrong place says nothing of it.
             now, potential = Step(size, rescaled(preconditioner, points.x, blocks)), Potential(evaluate, blocks)
             points = jax.vmap(evaluate)(points.x)
-            points, acceptance = jax.vmap(lambda noise, p: kernel.move(noise, p, potential, now))(noise, points)
+            points, acceptance = jax.vmap(lambda drawn, p: kernel.move(drawn, p, potential, now))(drawn, points)
             acceptance = acceptance.mean(0)
             if kernel.target is not None:
                 size = size * jnp.exp(ADAPTATION_RATE * (acceptance - kernel.target))

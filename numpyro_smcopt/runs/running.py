@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt import effects, faults
 from numpyro_smcopt.population import budget
-from numpyro_smcopt.population.gradients import surroundings
+from numpyro_smcopt.population.gradients import step_context
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import (
     StaticArguments,
@@ -264,7 +264,7 @@ def _inverse_information(algorithm: Algorithm, plan: Plan, state: Any) -> np.nda
         def inverse(target: Target, state: Any) -> Array:
             flat, _ = ravel_pytree(state.theta)
             place = target, state.theta, flat, state.points, state.log_weights, state.blocks
-            return inverse_metric(surroundings(*place, state.num_updates).information(), FLOOR)
+            return inverse_metric(step_context(*place, state.num_updates).information(), FLOOR)
 
         metric = algorithm._program("information", inverse)(plan.static, plan.arrays, state)
     return np.asarray(metric, float)

@@ -14,7 +14,7 @@ from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.objectives import Objective
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 
 
@@ -84,9 +84,9 @@ class Sampler(abc.ABC):
         """The default theta step."""
 
     @abc.abstractmethod
-    def surroundings(
+    def step_context(
         self, target: Target, theta: Theta, particles: Any, blocks: Blocks, num_updates: Array
-    ) -> Surroundings:
+    ) -> StepContext:
         """What a theta step may ask at ``theta``; gradient, loss and curvature are filled in by the caller."""
 
     @abc.abstractmethod

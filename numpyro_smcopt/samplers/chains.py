@@ -29,7 +29,7 @@ from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential,
 from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, equal_draws, evaluator, gather
-from numpyro_smcopt.population.gradients import default_theta_step, surrogate_gradient, surroundings
+from numpyro_smcopt.population.gradients import default_theta_step, step_context, surrogate_gradient
 from numpyro_smcopt.population.start import (
     Start,
     first_cloud,
@@ -41,11 +41,11 @@ from numpyro_smcopt.population.start import (
     warn_of_unfinished,
 )
 from numpyro_smcopt.potential import Target, flat_terms
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
-from numpyro_smcopt.theta_step import Surroundings, ThetaStep
+from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.types import Array, Theta
-from numpyro_smcopt.weights import incremental_log_weight, kept_fraction, reweight, uniform_log_weights
+from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, reweight, uniform_log_weights
 
 RELAXATION = 2.0  # time in which a cloud of unit scale forgets where it was; half of that if all moves were accepted
 
@@ -170,13 +170,13 @@ class Chains(Sampler):
         num, num_blocks = particles.log_weights.shape
         return default_theta_step(objective, target, theta, num, num_blocks, evaluations)
 
-    def surroundings(
+    def step_context(
         self, target: Target, theta: Theta, particles: ChainState, blocks: Blocks, num_updates: Array
-    ) -> Surroundings:
-        """See `Sampler.surroundings`."""
+    ) -> StepContext:
+        """See `Sampler.step_context`."""
         target, blocks = added_up(target, blocks)
         _, flat, _ = flat_terms(target, theta)
-        around = surroundings(target, theta, flat, particles.points, particles.log_weights, blocks, num_updates)
+        around = step_context(target, theta, flat, particles.points, particles.log_weights, blocks, num_updates)
         # Particles without weights have to follow: theta goes as far in a time of relaxation as one step may go. In the
         # coordinates of the preconditioner the cloud has unit scale.
         at_first = self.moves_per_update * jnp.mean(particles.step.size)
@@ -218,13 +218,13 @@ class Chains(Sampler):
 
         def body(k: Array, carry: tuple[Point, Array]) -> tuple[Point, Array]:
             old, _ = carry
-            new, told = jax.vmap(move)(draw_noise(random.fold_in(rng_key, k), old.x, num_uniforms), old)
+            new, told = jax.vmap(move)(draw_random_numbers(random.fold_in(rng_key, k), old.x, num_uniforms), old)
             if adjusted:
                 return new, jnp.mean(told, 0)
             change = incremental_log_weight(old.terms, new.terms, blocks.sum_terms, told)
             # Of those that met a finite energy: the others are not for the step size to answer for.
             met = jnp.maximum(jnp.mean(jnp.isfinite(change), 0), 1 / num)
-            return new, kept_fraction(particles.log_weights, change) / met
+            return new, conditional_ess(particles.log_weights, change) / met
 
         moved, quality = lax.fori_loop(0, self.moves_per_update, body, (here, jnp.zeros_like(step.size)))
         moved, num_lost = _without_lost(moved, points, blocks)

@@ -35,7 +35,7 @@ from numpyro_smcopt.samplers.drifts import (
     rate,
     reference_of,
 )
-from numpyro_smcopt.theta_step import Surroundings, ThetaStep, as_theta_step
+from numpyro_smcopt.theta_step import StepContext, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 
 STEPS = 100  # by default
@@ -155,13 +155,13 @@ class DiffraxSampler(Sampler):
         del target, theta, particles, objective
         return as_theta_step(optax.adam(1e-3))
 
-    def surroundings(
+    def step_context(
         self, target: Target, theta: Theta, particles: Seeds, blocks: Blocks, num_updates: Array
-    ) -> Surroundings:
-        """See `Sampler.surroundings`."""
+    ) -> StepContext:
+        """See `Sampler.step_context`."""
         del target, particles, blocks, num_updates
         flat, _ = ravel_pytree(theta)
-        return Surroundings(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
+        return StepContext(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
 
     def adopt(
         self, rng_key: Array, target: Target, theta: Theta, particles: Seeds, blocks: Blocks

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How theta moves. To add a step, write a file beside these and see `theta_step.base`."""
 
-from numpyro_smcopt.theta_step.base import Surroundings, ThetaStep
+from numpyro_smcopt.theta_step.base import StepContext, ThetaStep
 from numpyro_smcopt.theta_step.fisher_step import FisherState, FisherStep
 from numpyro_smcopt.theta_step.natural_step import NaturalState, NaturalStep, inverse_metric
 from numpyro_smcopt.theta_step.optimizers import GradientFlow, LimitedStep, OptimizerStep, as_theta_step
@@ -15,7 +15,7 @@ __all__ = [
     "NaturalState",
     "NaturalStep",
     "OptimizerStep",
-    "Surroundings",
+    "StepContext",
     "ThetaStep",
     "as_theta_step",
     "inverse_metric",

@@ -21,10 +21,10 @@ from numpyro_smcopt.types import Array
 
 
 def _unknown(*arguments: Any) -> Any:
-    raise NotImplementedError("the algorithm does not say this of its surroundings")
+    raise NotImplementedError("the algorithm does not say this of where a step stands")
 
 
-class Surroundings(NamedTuple):
+class StepContext(NamedTuple):
     """What a step may ask about the place where it stands; functions, so that only what is asked for is computed.
 
     Attributes:
@@ -34,7 +34,7 @@ class Surroundings(NamedTuple):
         fisher: () -> Fisher information of ``pi_theta``.
         curvature: [] of the loss, relative to ``fisher``: a guess from above.
         spread: ``step [P] -> []``, the variance over the particles of the change of energy that a step makes.
-        kept: ``step [P] -> []``, the fraction of effective particles that a step leaves; not to first order.
+        conditional_ess: ``step [P] -> []``, the fraction of effective particles that a step leaves; not to first order.
         elapsed: [] how long the particles moved since the last step, in units of their own time.
         reach: [] share of the length that ``target_ess`` allows which a step may have; less than one where particles
             without weights have to catch up before theta has gone that far.
@@ -47,7 +47,7 @@ class Surroundings(NamedTuple):
     fisher: Callable[[], Fisher] = _unknown
     curvature: Array | float = 1.0
     spread: Callable[[Array], Array] = _unknown
-    kept: Callable[[Array], Array] = _unknown
+    conditional_ess: Callable[[Array], Array] = _unknown
     elapsed: Array | float = 0.0
     reach: Array | float = 1.0
     admit: Callable[[Array], Array] = lambda step: step
@@ -60,7 +60,7 @@ class ThetaStep(Protocol):
     def init(self, theta: Array) -> Any:
         """The state at the start."""
 
-    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """The next ``theta`` and state."""
 
     def estimate(self, state: Any, theta: Array) -> Array:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_smcopt.theta_step.base import Surroundings, averaged, gain, shortened
+from numpyro_smcopt.theta_step.base import StepContext, averaged, gain, shortened
 from numpyro_smcopt.types import Array
 
 TOLERANCE = 1.5  # the power of ``target_ess`` that a step may come to; to first order it is one
@@ -66,7 +66,7 @@ class FisherStep:
         zero, matrix = jnp.zeros((), jnp.int32), jnp.zeros((theta.shape[0],) * 2, theta.dtype)
         return FisherState(zero, zero, matrix, jnp.zeros_like(theta), theta)
 
-    def update(self, state: FisherState, theta: Array, around: Surroundings) -> tuple[Array, FisherState]:
+    def update(self, state: FisherState, theta: Array, around: StepContext) -> tuple[Array, FisherState]:
         """See `ThetaStep.update`."""
         # Metric
         newest, weight = around.fisher(), jnp.maximum(1.0 / (state.num_updates + 1), self.forgetting)
@@ -95,12 +95,12 @@ class FisherStep:
         average = averaged(state.average, theta, reversals)
         return theta, FisherState(state.num_updates + 1, reversals, fisher, direction, average)
 
-    def _tried(self, step: Array, spread: Array, around: Surroundings) -> Array:
+    def _tried(self, step: Array, spread: Array, around: StepContext) -> Array:
         """The step, halved until it leaves what it should. Short steps do, and are not tried."""
 
         def goes_on(carry: tuple[Array, Array]) -> Array:
             halvings, step = carry
-            return (halvings < MOST_HALVINGS) & (around.kept(step) < self.target_ess**TOLERANCE)
+            return (halvings < MOST_HALVINGS) & (around.conditional_ess(step) < self.target_ess**TOLERANCE)
 
         def halve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             return carry[0] + 1, carry[1] / 2

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_smcopt.information import Information
-from numpyro_smcopt.theta_step.base import Surroundings, averaged, gain, shortened
+from numpyro_smcopt.theta_step.base import StepContext, averaged, gain, shortened
 from numpyro_smcopt.types import Array
 
 
@@ -67,7 +67,7 @@ class NaturalStep:
         information = Information(matrix, matrix, jnp.ones((), theta.dtype))
         return NaturalState(zero, zero, information, matrix, jnp.zeros_like(theta), theta)
 
-    def update(self, state: NaturalState, theta: Array, around: Surroundings) -> tuple[Array, NaturalState]:
+    def update(self, state: NaturalState, theta: Array, around: StepContext) -> tuple[Array, NaturalState]:
         """See `ThetaStep.update`."""
         # Metric
         information, metric = self._refresh(state, around)
@@ -93,7 +93,7 @@ class NaturalStep:
         del theta
         return state.average
 
-    def _refresh(self, state: NaturalState, around: Surroundings) -> tuple[Information, Array]:
+    def _refresh(self, state: NaturalState, around: StepContext) -> tuple[Information, Array]:
         renewals = state.num_updates // self.refresh_every
         weight = jnp.maximum(1.0 / (renewals + 1), self.forgetting)
 

@@ -11,7 +11,7 @@ import optax
 from jax.example_libraries import optimizers
 from numpyro.optim import _NumPyroOptim
 
-from numpyro_smcopt.theta_step.base import Surroundings, ThetaStep, shortened
+from numpyro_smcopt.theta_step.base import StepContext, ThetaStep, shortened
 from numpyro_smcopt.types import Array
 
 
@@ -54,7 +54,7 @@ class OptimizerStep:
         """See `ThetaStep.init`."""
         return self.optim.init(theta)
 
-    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         new = self.optim.update(around.gradient, state, value=around.loss)
         theta = theta + around.admit(self.optim.get_params(new) - theta)
@@ -90,7 +90,7 @@ class LimitedStep:
         """See `ThetaStep.init`."""
         return self.optim.init(theta)
 
-    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         step, new = self.optim.update(around.gradient, state, theta)
         return theta + around.admit(shortened(step, around.spread(step), self.target_ess, around.reach)), new
@@ -127,7 +127,7 @@ class GradientFlow:
         del theta
         return ()
 
-    def update(self, state: Any, theta: Array, around: Surroundings) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         return theta + around.admit(-self.ratio * around.elapsed * around.gradient), state
 

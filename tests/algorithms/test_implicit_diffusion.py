@@ -16,7 +16,7 @@ from oracles import balanced_groups
 
 from numpyro_smcopt import ImplicitDiffusion, kernels
 from numpyro_smcopt.objectives import EnergyBasedLikelihood, ForwardKL, ReverseKL, Reward
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Chains
 from numpyro_smcopt.theta_step import GradientFlow
@@ -62,7 +62,7 @@ def test_it_is_the_published_recursion(new_theta):
             new = theta - rate * covariance
             key = random.split(state.rng_key, 3)[1]
             for k in range(2):
-                xi = np.asarray(draw_noise(random.fold_in(key, k), jnp.zeros((num, 1)), 0).normal)[:, 0]
+                xi = np.asarray(draw_random_numbers(random.fold_in(key, k), jnp.zeros((num, 1)), 0).normal)[:, 0]
                 driving = new if new_theta or k else theta
                 x = x - h * (x - driving) + np.sqrt(2 * h) * xi
             theta = new

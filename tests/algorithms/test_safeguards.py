@@ -20,7 +20,7 @@ from jax import random
 from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
 from numpyro_smcopt.kernels.underdamped import exponential
-from numpyro_smcopt.population.safeguards import RECOVERY, SHORTER, SHORTEST, SLOWER, next_caution
+from numpyro_smcopt.population.safeguards import RECOVERY, SHORTER, SHORTEST, SLOWER, next_backoff
 
 Y = (3 + 1.2 * np.random.default_rng(0).normal(size=8)).astype(np.float32)
 STANDARD_ERROR = np.sqrt(1.25 / 8)
@@ -130,7 +130,7 @@ def test_an_unweighted_gradient_that_is_not_finite_is_no_part_of_the_state():
     assert not state.usable
     new, loss = optimizer.update(state, Y)
     assert new.theta["mean"] == 0.5 and new.diagnostics["num_refused"] == 1 and np.isfinite(loss)
-    np.testing.assert_allclose(new.caution, SLOWER, rtol=1e-6)
+    np.testing.assert_allclose(new.step_backoff, SLOWER, rtol=1e-6)
     for leaf in jax.tree.leaves((new.assessed, new.diagnostics, new.params)):
         assert np.all(np.isfinite(leaf))
 
@@ -156,9 +156,9 @@ def test_a_step_into_a_wall_is_refused_and_tried_shorter_and_blames_no_particle(
     refused = []
     for old, state in updated(optimizer, optimizer.init(random.key(0), Y), 30):
         if state.diagnostics["num_refused"]:
-            refused.append(float(old.caution))
+            refused.append(float(old.step_backoff))
             assert state.theta["mean"] == old.theta["mean"] and state.diagnostics["num_nonfinite"] == 0
-            np.testing.assert_allclose(state.caution, max(SHORTER * old.caution, SHORTEST), rtol=1e-6)
+            np.testing.assert_allclose(state.step_backoff, max(SHORTER * old.step_backoff, SHORTEST), rtol=1e-6)
             if isinstance(kernel, MALA):  # rejuvenated at the last good theta
                 assert np.any(state.points.x != old.points.x)
     assert len(refused) > 2 and refused[0] == 1.0 and min(refused) < 0.5
@@ -177,7 +177,7 @@ def test_a_gradient_that_is_not_finite_skips_theta_and_slows_it():
     state = optimizer.init(random.key(0), Y)
     new, loss = optimizer.update(state, Y)
     assert new.theta["mean"] == 0.5 and new.diagnostics["num_refused"] == 1 and np.isfinite(loss)
-    np.testing.assert_allclose(new.caution, SLOWER, rtol=1e-6)
+    np.testing.assert_allclose(new.step_backoff, SLOWER, rtol=1e-6)
     assert np.any(new.points.x != state.points.x)
     # Only the carried scores, which are that gradient particle by particle, say that it is not finite.
     no_nan(new._replace(points=new.points._replace(score=None)))
@@ -200,35 +200,35 @@ def test_momentum_starts_from_rest_with_shorter_steps_after_a_gradient_that_was_
     assert np.all(moving.motion.velocity != 0) and np.all(state.motion.velocity == 0)
     no_nan(state)
 
-    mean, velocity, caution = 0.0, 0.0, SLOWER
+    mean, velocity, step_backoff = 0.0, 0.0, SLOWER
     for _ in range(3):
-        np.testing.assert_allclose(state.caution, caution, rtol=1e-6)
-        by = exponential(caution * step_size, -np.log(momentum))
+        np.testing.assert_allclose(state.step_backoff, step_backoff, rtol=1e-6)
+        by = exponential(step_backoff * step_size, -np.log(momentum))
         gradient = np.sum(mean + by.lookahead * velocity - Y)
         mean, velocity = mean + by.carry * velocity - by.drift * gradient, by.decay * velocity - by.kick * gradient
         state, _ = optimizer.update(state, Y, 1.0)
         np.testing.assert_allclose(state.theta["mean"], mean, rtol=1e-5)
-        caution = min(RECOVERY * caution, 1.0)
+        step_backoff = min(RECOVERY * step_backoff, 1.0)
 
 
 def test_momentum_is_taken_back_from_where_no_particle_has_an_energy():
     optimizer = MomentumParticleMLE(
         wall, step_size=0.1, momentum=0.5, latent_step_size=0.05, latent_momentum=0.3, num_particles=32
     )
-    cautions = []
+    backoffs = []
     for old, state in updated(optimizer, optimizer.init(random.key(0), Y), 60):
         assert state.theta["mean"] <= 2.5
         if state.diagnostics["num_refused"]:
-            cautions.append(float(state.caution / old.caution))
+            backoffs.append(float(state.step_backoff / old.step_backoff))
             assert state.theta["mean"] == old.theta["mean"] and np.all(state.motion.velocity == 0)
-    assert min(cautions) < 0.3 and state.theta["mean"] > 2.0  # a step there, and a look there
+    assert min(backoffs) < 0.3 and state.theta["mean"] > 2.0  # a step there, and a look there
 
 
-def test_caution_is_bounded_and_given_up():
-    caution = jnp.ones(())
+def test_step_backoff_is_bounded_and_given_up():
+    step_backoff = jnp.ones(())
     for _ in range(20):
-        caution = next_caution(caution, jnp.asarray(False), jnp.asarray(True))
-    assert caution == SHORTEST
+        step_backoff = next_backoff(step_backoff, jnp.asarray(False), jnp.asarray(True))
+    assert step_backoff == SHORTEST
     for _ in range(80):
-        caution = next_caution(caution, jnp.asarray(True), jnp.asarray(True))
-    assert caution == 1.0
+        step_backoff = next_backoff(step_backoff, jnp.asarray(True), jnp.asarray(True))
+    assert step_backoff == 1.0

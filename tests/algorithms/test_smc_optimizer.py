@@ -25,7 +25,7 @@ from numpyro_smcopt.objectives import Reward
 from numpyro_smcopt.population import budget, tempering
 from numpyro_smcopt.population.evaluate import evaluator
 from numpyro_smcopt.potential import make_target
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.runs import loop
 
 STANDARD_ERRORS = 4.0
@@ -176,7 +176,7 @@ def test_with_an_explicit_optimiser_it_is_the_papers_algorithm(kernel, optim):
         for _ in range(steps):
             # The update splits its key into: what follows, the move, one per block.
             keys = random.split(state.rng_key, 3)
-            noise = draw_noise(keys[1], state.points.x, int(kernel == "mala"))
+            noise = draw_random_numbers(keys[1], state.points.x, int(kernel == "mala"))
             uniform = np.asarray(noise.uniform[:, 0]) if kernel == "mala" else None
             plain.step(np.asarray(noise.normal), uniform, float(random.uniform(keys[2], (), jnp.float64)))
             state, loss = optimizer.update(state, y)

@@ -27,7 +27,7 @@ from scipy import stats
 
 from numpyro_smcopt.kernels import HMC, MALA, ULA, Point, Preconditioner, RandomWalk
 from numpyro_smcopt.kernels.base import accept
-from numpyro_smcopt.random_numbers import draw_noise
+from numpyro_smcopt.random_numbers import draw_random_numbers
 
 STANDARD_ERRORS = 4.0
 
@@ -146,7 +146,7 @@ def test_float32_keeps_the_acceptance_under_a_large_energy():
         potential = potential_of(terms, blocks)
         return kernel.move(noise, potential.evaluate(x), potential, step_of(5e-7, blocks, identity(1)))[1][0]
 
-    noise = draw_noise(random.key(1), sizes, 1)
+    noise = draw_random_numbers(random.key(1), sizes, 1)
     probabilities = np.array([move(jax.tree.map(lambda v, k=k: v[k], noise), x) for k, x in enumerate(sizes)])
     starts = np.asarray(sizes[:, 0], np.float64)
     shifts = np.sqrt(2 * 5e-7) * np.asarray(noise.normal[:, 0], np.float64)
@@ -238,7 +238,7 @@ def test_hmc_jitters_the_step_size_per_particle_and_block():
     potential, kernel = potential_of(flat, blocks), HMC(num_leapfrog=1, jitter=0.8)
     step = step_of(1.0, blocks, Preconditioner(jnp.array([1.0, 3.0])))._replace(size=jnp.array([1.0, 0.1]))
     start = jnp.zeros((4000, 2))
-    noise = draw_noise(random.key(0), start, 4)
+    noise = draw_random_numbers(random.key(0), start, 4)
     moves = jax.vmap(lambda noise, x: kernel.move(noise, potential.evaluate(x), potential, step)[0].x)(noise, start)
     eps = np.asarray(moves / noise.normal) / [1.0, 0.3]
     assert stats.kstest(eps[:, 0], stats.uniform(0.2, 0.8).cdf).pvalue > 1e-4

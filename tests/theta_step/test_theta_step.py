@@ -17,7 +17,7 @@ from numpyro_smcopt.theta_step import (
     LimitedStep,
     NaturalStep,
     OptimizerStep,
-    Surroundings,
+    StepContext,
     as_theta_step,
     inverse_metric,
 )
@@ -49,7 +49,7 @@ def walk(units, num_steps=400, noise=1.0, dtype=float, step=NaturalStep()):  # n
         gradient = jnp.asarray(observed) @ (plain - jnp.asarray(optimum)) + noise * jnp.asarray(half) @ random.normal(
             key, (P,), dtype
         )
-        around = Surroundings(
+        around = StepContext(
             (gradient / jnp.asarray(units)).astype(dtype),
             jnp.zeros((), dtype),
             lambda: Information(scaled(complete), scaled(missing), jnp.asarray(0.01, dtype)),
@@ -107,7 +107,7 @@ def test_natural_step_costs_no_more_ess_than_it_may():
     information = Information(jnp.asarray(complete), jnp.asarray(missing), jnp.asarray(share))
     gradient = jnp.asarray((complete - missing) @ (-100 * optimum))
     theta, _ = step.update(
-        step.init(jnp.zeros(P)), jnp.zeros(P), Surroundings(gradient, jnp.zeros(()), lambda: information)
+        step.init(jnp.zeros(P)), jnp.zeros(P), StepContext(gradient, jnp.zeros(()), lambda: information)
     )
     np.testing.assert_allclose(share * theta @ missing @ theta, -np.log(target), rtol=1e-4)
 
@@ -119,12 +119,12 @@ def test_steps_that_particles_must_follow_are_shorter(step):
     matrix = jnp.asarray(complete, jnp.float32)
 
     def moved(reach):
-        around = Surroundings(
+        around = StepContext(
             jnp.asarray(-1e3 * optimum, jnp.float32),
             jnp.zeros(()),
             fisher=lambda: Fisher(matrix, jnp.asarray(1e9)),
             spread=lambda step: step @ matrix @ step,
-            kept=lambda step: jnp.ones(()),
+            conditional_ess=lambda step: jnp.ones(()),
             reach=reach,
         )
         return np.asarray(step.update(step.init(jnp.zeros(P)), jnp.zeros(P), around)[0], float)
@@ -159,14 +159,14 @@ def test_natural_step_survives_what_is_not_finite(first):
     gradient = jnp.asarray(-(complete - missing) @ optimum)
     theta, state = jnp.zeros(P), step.init(jnp.zeros(P))
     if not first:
-        theta, state = step.update(state, theta, Surroundings(gradient, jnp.zeros(()), lambda: good))
+        theta, state = step.update(state, theta, StepContext(gradient, jnp.zeros(()), lambda: good))
     before = theta
-    theta, state = step.update(state, theta, Surroundings(gradient, jnp.zeros(()), lambda: bad))
+    theta, state = step.update(state, theta, StepContext(gradient, jnp.zeros(()), lambda: bad))
     assert np.all(np.isfinite(theta)) and np.max(abs(theta - before)) < 1e3
     before = theta
-    theta, state = step.update(state, theta, Surroundings(jnp.nan * gradient, jnp.zeros(()), lambda: good))
+    theta, state = step.update(state, theta, StepContext(jnp.nan * gradient, jnp.zeros(()), lambda: good))
     np.testing.assert_array_equal(theta, before)
-    theta, state = step.update(state, theta, Surroundings(gradient, jnp.zeros(()), lambda: good))
+    theta, state = step.update(state, theta, StepContext(gradient, jnp.zeros(()), lambda: good))
     assert np.all(np.isfinite(theta)) and np.any(theta != before)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
@@ -198,7 +198,7 @@ def test_optimisers_of_every_kind_do_what_they_do_by_themselves(name):
     start = np.array([0.3, 4.0])
     theta, state = jnp.asarray(start), step.init(jnp.asarray(start))
     for g in gradients:
-        theta, state = step.update(state, theta, Surroundings(jnp.asarray(g), jnp.zeros(()), lambda: 1 / 0))
+        theta, state = step.update(state, theta, StepContext(jnp.asarray(g), jnp.zeros(()), lambda: 1 / 0))
     np.testing.assert_allclose(theta, adam_by_hand(start, gradients, 0.1), rtol=1e-4)
     np.testing.assert_array_equal(step.estimate(state, theta), theta)
 
@@ -209,7 +209,7 @@ def test_an_optimiser_that_looks_at_the_loss_gets_it():
     )
     step = as_theta_step(scale)
     theta, _ = step.update(
-        step.init(jnp.zeros(2)), jnp.zeros(2), Surroundings(jnp.ones(2), jnp.asarray(3.0), lambda: 1 / 0)
+        step.init(jnp.zeros(2)), jnp.zeros(2), StepContext(jnp.ones(2), jnp.asarray(3.0), lambda: 1 / 0)
     )
     np.testing.assert_array_equal(theta, [-3.0, -3.0])
 
@@ -236,11 +236,11 @@ def test_other_things_are_refused(wrong):
 def fisher_step(scores, gradient, kept=lambda step: jnp.ones(())):
     """The first step from zero, with particles of these scores [N, P]."""
     log_weights = jnp.full(len(scores), -np.log(len(scores)))
-    around = Surroundings(
+    around = StepContext(
         jnp.asarray(gradient),
         jnp.zeros(()),
         fisher=lambda: fisher_information(jnp.asarray(scores), log_weights),
-        kept=kept,
+        conditional_ess=kept,
     )
     theta, rule = jnp.zeros(len(gradient)), FisherStep()
     return np.asarray(rule.update(rule.init(theta), theta, around)[0])

@@ -9,7 +9,7 @@ from numpyro_smcopt.algorithms.momentum.theta import Around
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.objectives import Cloud, Estimate, MarginalLikelihood, Objective, Scene, term_coefficients
-from numpyro_smcopt.population.gradients import gradient_of_rest, surroundings
+from numpyro_smcopt.population.gradients import gradient_of_rest, step_context
 from numpyro_smcopt.potential import flat_terms
 from numpyro_smcopt.types import Array
 
@@ -25,7 +25,7 @@ def momentum_surroundings(
         x: [N, D] particles.
         log_weights: [N, B] their equal log weights.
         blocks: The partition.
-        num_updates: [] see `surroundings`.
+        num_updates: [] see `step_context`.
 
     Returns:
         Energy terms [N, K], what the objective says, and what may be asked.
@@ -56,5 +56,5 @@ def momentum_surroundings(
         return jnp.sqrt(missing(jax.jvp(lambda t: all_terms(t, x), (theta,), (v,))[1]) / x.shape[0])
 
     places = Point(x, terms, grad)
-    asked = surroundings(scene.target, scene.theta, theta, places, log_weights, blocks, num_updates)
+    asked = step_context(scene.target, scene.theta, theta, places, log_weights, blocks, num_updates)
     return terms, estimate, Around(gradient, asked.information, along, slope_error)

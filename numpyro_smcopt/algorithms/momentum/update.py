@@ -36,7 +36,7 @@ from numpyro_smcopt.kernels.underdamped import Pace, controlled, exponential
 from numpyro_smcopt.objectives import Estimate, MarginalLikelihood, Objective, Scene
 from numpyro_smcopt.population.evaluate import evaluator
 from numpyro_smcopt.population.nonfinite import living, replaced, theta_is_possible
-from numpyro_smcopt.population.safeguards import next_caution
+from numpyro_smcopt.population.safeguards import next_backoff
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.random_numbers import draw_normals, split
 from numpyro_smcopt.types import Array, Params, Theta
@@ -66,7 +66,7 @@ class MomentumState(NamedTuple):
         blocks: The partition of the latents.
         num_updates: [] updates so far.
         num_refused: [] updates in which theta stayed because its gradient was not finite, or nothing was where it led.
-        caution: [] factor on the step size of theta: one, or less after theta was refused.
+        step_backoff: [] factor on the step size of theta: one, or less after theta was refused.
         wrong_blocks: [] bool, whether the data contradict the partition.
         fingerprint: [] of the data.
         diagnostics: Scalars of the last update.
@@ -83,7 +83,7 @@ class MomentumState(NamedTuple):
     blocks: Blocks
     num_updates: Array
     num_refused: Array
-    caution: Array
+    step_backoff: Array
     wrong_blocks: Array
     fingerprint: Array
     diagnostics: dict[str, Array]
@@ -145,7 +145,7 @@ def init(
         blocks=blocks,
         num_updates=zero,
         num_refused=zero,
-        caution=jnp.ones((), flat.dtype),
+        step_backoff=jnp.ones((), flat.dtype),
         wrong_blocks=jnp.asarray(False),
         fingerprint=jnp.zeros((), jnp.uint32),
         diagnostics={},
@@ -207,7 +207,7 @@ def update(moves: Moves, target: Target, state: MomentumState, controls: dict[st
         cloud=cloud,
         num_updates=state.num_updates + 1,
         num_refused=state.num_refused + refused,
-        caution=next_caution(state.caution, possible, usable),
+        step_backoff=next_backoff(state.step_backoff, possible, usable),
         rng_key=key_next,
         diagnostics=_diagnosed(motion, own | _said(moves, terms, estimate)),
     )
@@ -221,7 +221,7 @@ def loss(moves: Moves, target: Target, state: MomentumState) -> Array:
 
 def _paces(moves: Moves, state: MomentumState, controls: dict[str, Array]) -> tuple[Pace, Pace]:
     """The paces of theta and of the particles, under the control of handlers."""
-    step_size = state.caution * controls["step_size"]
+    step_size = state.step_backoff * controls["step_size"]
     going = controlled(moves.theta.scheme, state.motion.pace, step_size, controls["momentum"])
     latent_numbers = controls["latent_step_size"], controls["latent_momentum"]
     return going, controlled(exponential, state.cloud.pace, *latent_numbers)
@@ -236,7 +236,7 @@ def _latent_noise(rng_key: Array, moves: Moves, state: MomentumState) -> Array:
     """[N, R] normal numbers, as many of every particle as the kernel needs."""
     num_particles, num_latents = state.points.x.shape
     num = moves.latents.kernel.num_normals(num_latents, state.blocks.num_blocks)
-    return draw_normals(rng_key, (num_particles, num), state.caution.dtype)
+    return draw_normals(rng_key, (num_particles, num), state.step_backoff.dtype)
 
 
 def _look(moves: Moves, target: Target, state: MomentumState, theta: Array) -> tuple[Array, Estimate, Around]:
