@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_smcopt.theta_step import NaturalState
 from numpyro_smcopt.types import Array
 
-TOO_FEW_REVERSALS = 10
-SMALL_GAIN = 1e-8  # nats that the last step was worth at most
-SMALL_GRADIENT = 1e-3  # relative to the largest of the run
 FROZEN_ACCEPTANCE = 0.05
 WORRYING_BIAS = 0.2
 FIRST_LOOK, LAST_LOOK = 5, 50  # updates between which stability is judged
@@ -94,14 +90,9 @@ def frozen_particles(acceptance: float) -> str | None:
 
 
 def theta_still_moving(theta_state: Any, grad_norm: Array) -> str | None:
-    """The default step saw hardly any reversal of its gradient."""
-    if not isinstance(theta_state, NaturalState):
-        return None
-    moving = int(theta_state.reversals) < min(TOO_FEW_REVERSALS, len(grad_norm) / 10)
-    # Without noise the gradient vanishes at the maximum, and nothing reverses: rounding is left.
-    last, complete = np.asarray(theta_state.last, float), np.asarray(theta_state.information.complete, float)
-    arrived = grad_norm[-1] <= SMALL_GRADIENT * np.max(grad_norm) or last @ complete @ last < SMALL_GAIN
-    if not moving or arrived:
+    """A state of a theta step that can tell says that theta still moves."""
+    still_moving = getattr(theta_state, "still_moving", None)
+    if still_moving is None or not still_moving(grad_norm):
         return None
     return (
         "theta was still moving in one direction at the end of the run. Go on with more steps, "

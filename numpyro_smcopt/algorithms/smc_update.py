@@ -28,7 +28,7 @@ from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Step, WeightedKernel
-from numpyro_smcopt.objectives import Cloud, Estimate, MarginalLikelihood, Objective, Scene, term_coefficients
+from numpyro_smcopt.objectives import Cloud, Estimate, Objective, Scene, term_coefficients
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.evaluate import added_up, evaluator, resample_blocks, revived
 from numpyro_smcopt.population.gradients import (
@@ -234,7 +234,7 @@ class SMCUpdate:
     @property
     def maximises_likelihood(self) -> bool:
         """Whether the loss is minus the log evidence."""
-        return isinstance(self.objective, MarginalLikelihood)
+        return self.objective.is_likelihood
 
     @property
     def _gradient_first(self) -> bool:

@@ -26,13 +26,15 @@ To write an objective, subclass `Objective`; `expectation` does the second ident
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.potential import Target
+from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import small_sample_factor
 
@@ -102,20 +104,39 @@ class Estimate(NamedTuple):
     num_masked: Array | int = 0
 
 
-class Objective(abc.ABC):
+class Objective(Protocol):
     """A loss that is minimised in ``theta``.
 
+    An object that inherits from nothing will do, if it has all of the attributes and methods below.
+
     Attributes:
+        is_likelihood: Whether the loss is minus the log marginal likelihood of the model, however its gradient is
+            estimated. Only then is its value the running log evidence, may a run start near a Laplace approximation's
+            maximum or stop early, and are several runs ranked by their evidence.
         whole_particles: Whether the loss couples the latents, so that a weight must belong to a whole particle and not
             to one of its independent blocks.
     """
 
+    is_likelihood: bool = False
     whole_particles: bool = True
 
     @property
     def arrays(self) -> Any:
         """What `estimate` needs of arrays (a pytree): it gets them back as ``scene.arrays``, traced, no constants."""
         return ()
+
+    def default_step(self, refresh_every: int | None) -> ThetaStep:
+        """The step of theta that needs no learning rate.
+
+        Args:
+            refresh_every: Updates between two evaluations of the information of theta, as their cost allows; None where
+                theta is too large for any.
+        """
+        if not self.is_likelihood:
+            return LimitedStep(optax.adam(1e-3)) if refresh_every is None else FisherStep()
+        if refresh_every is None:
+            return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
+        return NaturalStep(refresh_every=refresh_every)
 
     def check(self, target: Target, theta: Theta) -> None:
         """Refuse a model that does not go with this objective; abstract, nothing is computed.

@@ -25,6 +25,7 @@ class MarginalLikelihood(Objective):
     """
 
     control_variates: bool = True
+    is_likelihood = True
     whole_particles = False
 
     def check(self, target: Target, theta: Theta) -> None:

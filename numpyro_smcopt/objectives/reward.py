@@ -10,6 +10,7 @@ say), ``-E_pi[grad_theta R]`` is added. Source: Marion et al. 2024; Cuin et al. 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from numpyro_smcopt.types import Array, Theta
 
 RewardFn = Callable[[dict[str, Array]], Array]
 """One sample, a dict of sites on the scale of the model, to a number."""
+
+MEMBERS = ("is_likelihood", "whole_particles", "arrays", "default_step", "check", "estimate")  # of an `Objective`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class Reward(Objective):
             raise TypeError(f"reward_fn must be a function of one sample, got {type(self.reward_fn).__name__}.")
         if isinstance(self.kl_weight, bool) or not isinstance(self.kl_weight, int | float) or not self.kl_weight >= 0:
             raise ValueError(f"kl_weight must be a number >= 0, got {self.kl_weight!r}.")
-        if self.kl is not None and not isinstance(self.kl, Objective):
+        if self.kl is not None and not all(hasattr(self.kl, name) for name in MEMBERS):
             raise TypeError(f"kl must be ForwardKL(...) or ReverseKL(...), got {self.kl!r}.")
         if self.kl_weight and self.kl is None:
             raise ValueError(
@@ -104,14 +107,17 @@ class Reward(Objective):
         return jnp.asarray(jax.vmap(self.reward_fn)(scene.samples(x)), x.dtype)
 
 
-def as_objective(given: Objective | RewardFn) -> Objective:
+def as_objective(given: Any) -> Objective:
     """An objective as it is; a function of one sample as the loss whose expectation is minimised.
 
     Raises:
         TypeError: If it is neither.
     """
-    if isinstance(given, Objective):
+    missing = [name for name in MEMBERS if not hasattr(given, name)]
+    if not isinstance(given, type) and not missing:
         return given
+    if hasattr(given, "estimate") and missing:
+        raise TypeError(f"objective {given!r} has no {', '.join(missing)}; see numpyro_smcopt.objectives.Objective.")
     if isinstance(given, type) or not callable(given):
         raise TypeError(
             "objective must be an object from numpyro_smcopt.objectives such as Reward(reward_fn), or a function of "

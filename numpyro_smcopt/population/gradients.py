@@ -7,17 +7,16 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.adaptation import StepProbe
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.information import Fisher, Information, fisher_information, louis_information
 from numpyro_smcopt.kernels import Point
-from numpyro_smcopt.objectives import Estimate, MarginalLikelihood, Objective, term_coefficients
+from numpyro_smcopt.objectives import Estimate, Objective, term_coefficients
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.potential import Target, flat_terms
-from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, StepContext, ThetaStep, as_theta_step
+from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, weighted_variance
 
@@ -109,12 +108,10 @@ def default_theta_step(
         num_evaluations: Evaluations of a particle per update.
     """
     num_params = sum(leaf.size for leaf in jax.tree.leaves(theta))
-    if not isinstance(objective, MarginalLikelihood):
-        return FisherStep() if num_params <= budget.LARGEST_INFORMATION else LimitedStep(optax.adam(1e-3))
     if num_params > budget.LARGEST_INFORMATION:
-        return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
-    interval = budget.refresh_interval(num_particles, num_blocks, num_params, target.work(theta), num_evaluations)
-    return NaturalStep(refresh_every=interval)
+        return objective.default_step(None)
+    work = target.work(theta)
+    return objective.default_step(budget.refresh_interval(num_particles, num_blocks, num_params, work, num_evaluations))
 
 
 def step_probe(

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from numpyro_smcopt import effects
-from numpyro_smcopt.information import Information
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import StaticArguments, Target, join_arguments, make_target, split_arguments, strong
 from numpyro_smcopt.results import RunResult, Status
@@ -91,7 +90,7 @@ class Algorithm(abc.ABC):
     def _known_information(self, state: Any) -> Array | None:
         """[P, P] complete-data information that a state carries, if it does."""
         found = getattr(getattr(state, "theta_state", None), "information", None)
-        return found.complete if isinstance(found, Information) else None
+        return None if found is None else found.complete
 
     def _check_model(self, target: Target) -> None:
         """Refuse a model in which there is nothing to estimate, or something that cannot be."""

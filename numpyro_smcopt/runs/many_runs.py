@@ -22,7 +22,6 @@ from jax import lax, random
 
 from numpyro_smcopt import effects, faults
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.objectives import MarginalLikelihood
 from numpyro_smcopt.potential import Target, check_init_params
 from numpyro_smcopt.results import RunResult, Runs, Status
 from numpyro_smcopt.runs import loop, running
@@ -226,7 +225,7 @@ def _ranked(algorithm: Algorithm, plan: Plan, results: list[RunResult], trajecto
     """The best of the runs, with all of them."""
     likelihood = getattr(algorithm, "objective", None)
     interrupted = any(result.status is Status.INTERRUPTED for result in results)
-    if isinstance(likelihood, MarginalLikelihood | None) and not interrupted:
+    if (likelihood is None or likelihood.is_likelihood) and not interrupted:
         # The running log evidence has other errors from start to start.
         look = lambda state: algorithm._log_evidence_at(plan.ranking, plan.arrays, plan.static, state)  # noqa: E731
         evidences, errors = np.transpose([look(result.state) for result in results])

@@ -33,7 +33,7 @@ from numpyro_smcopt.runs.algorithm import Algorithm, refuse_foreign
 from numpyro_smcopt.runs.compilation import Program
 from numpyro_smcopt.runs.convergence import EarlyStop, look, theta_moves
 from numpyro_smcopt.runs.journal import Journal
-from numpyro_smcopt.theta_step import FisherState, NaturalState, inverse_metric
+from numpyro_smcopt.theta_step import inverse_metric
 from numpyro_smcopt.types import Array, Params, Theta
 
 FLOOR = 0.1  # smallest eigenvalue of the observed information relative to the complete one
@@ -120,13 +120,9 @@ def adopted(algorithm: Algorithm, plan: Plan, state: Any) -> Any:
     adopt = lambda target, state, arrays: algorithm._adopt(target, state, fingerprint(arrays))  # noqa: E731
     adopted = algorithm._program("adopt", adopt)(plan.static, plan.arrays, state, plan.arrays)
     algorithm._refuse_wrong_blocks(adopted)
-    walk = getattr(adopted, "theta_state", None)
+    anew = getattr(getattr(adopted, "theta_state", None), "anew", None)
     other_data = np.any(np.asarray(adopted.fingerprint) != np.asarray(state.fingerprint))
-    if other_data and isinstance(walk, NaturalState | FisherState):
-        # Under other data theta sets out anew: at full speed, and its average forgets where it was before.
-        none: Any = np.zeros_like(walk.reversals)  # of NumPy, so that nothing is compiled
-        return adopted._replace(theta_state=walk._replace(reversals=none))
-    return adopted
+    return adopted if anew is None or not other_data else adopted._replace(theta_state=anew())
 
 
 # -- updates -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
 from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
-from numpyro_smcopt.objectives import Cloud, MarginalLikelihood, Objective, Scene
+from numpyro_smcopt.objectives import Cloud, Objective, Scene
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, equal_draws, evaluator, gather
 from numpyro_smcopt.population.gradients import default_theta_step, step_context, surrogate_gradient
@@ -124,7 +124,7 @@ class Chains(Sampler):
         """See `Sampler.begin`."""
         key_blocks, key_cloud = random.split(rng_key)
         target, theta = start.target, start.theta
-        likelihood = isinstance(objective, MarginalLikelihood)
+        likelihood = objective.is_likelihood
         partition = one_block if objective.whole_particles else self.partition
         blocks = start_blocks(key_blocks, start, partition, self.init_strategy)
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))

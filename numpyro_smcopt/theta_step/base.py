@@ -55,7 +55,12 @@ class StepContext(NamedTuple):
 
 @runtime_checkable
 class ThetaStep(Protocol):
-    """Moves a flat ``theta [P]``; the state is a pytree of arrays."""
+    """Moves a flat ``theta [P]``; the state is a pytree of arrays.
+
+    A state that has them is asked for more: ``metric`` [P, P], the inverse information, and ``information``, for early
+    stopping and the report; ``anew()``, the state with which theta sets out under other data; and
+    ``still_moving(grad_norm [T])``, whether theta moved in one direction to the end of a run.
+    """
 
     def init(self, theta: Array) -> Any:
         """The state at the start."""

@@ -14,9 +14,10 @@ Gain, length and average follow the rules of `theta_step.base`. Source: Amari 19
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from numpyro_smcopt.theta_step.base import StepContext, averaged, gain, shortened
@@ -43,6 +44,11 @@ class FisherState(NamedTuple):
     fisher: Array
     last: Array
     average: Array
+
+    def anew(self) -> "FisherState":
+        """The state under other data; see `NaturalState.anew`."""
+        none: Any = np.zeros_like(self.reversals)
+        return self._replace(reversals=none)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,20 @@ theta.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from numpyro_smcopt.information import Information
 from numpyro_smcopt.theta_step.base import StepContext, averaged, gain, shortened
 from numpyro_smcopt.types import Array
+
+TOO_FEW_REVERSALS = 10
+SMALL_GAIN = 1e-8  # nats that the last step was worth at most
+SMALL_GRADIENT = 1e-3  # relative to the largest of the run
 
 
 class NaturalState(NamedTuple):
@@ -41,6 +46,18 @@ class NaturalState(NamedTuple):
     metric: Array
     last: Array
     average: Array
+
+    def anew(self) -> "NaturalState":
+        """The state under other data: at full speed, and its average forgets where it was before."""
+        none: Any = np.zeros_like(self.reversals)  # of NumPy, so that nothing is compiled
+        return self._replace(reversals=none)
+
+    def still_moving(self, grad_norm: Array) -> bool:
+        """Whether hardly any gradient of a run, of which the norms [T] are given, disagreed with the step before it."""
+        # Without noise the gradient vanishes at the maximum, and nothing reverses: rounding is left.
+        last, complete = np.asarray(self.last, float), np.asarray(self.information.complete, float)
+        arrived = grad_norm[-1] <= SMALL_GRADIENT * np.max(grad_norm) or last @ complete @ last < SMALL_GAIN
+        return not arrived and int(self.reversals) < min(TOO_FEW_REVERSALS, len(grad_norm) / 10)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from numpyro_smcopt.algorithms.momentum.theta import Around
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import Point
-from numpyro_smcopt.objectives import Cloud, Estimate, MarginalLikelihood, Objective, Scene, term_coefficients
+from numpyro_smcopt.objectives import Cloud, Estimate, Objective, Scene, term_coefficients
 from numpyro_smcopt.population.gradients import gradient_of_rest, step_context
 from numpyro_smcopt.potential import flat_terms
 from numpyro_smcopt.types import Array
@@ -47,7 +47,7 @@ def momentum_surroundings(
     def along(v: Array) -> tuple[Array, Array]:
         one, zero = jnp.ones((), theta.dtype), jnp.zeros((), theta.dtype)
         first = lambda t: jax.jvp(lambda t: all_terms(theta + t * v, x), (t,), (one,))[1]  # noqa: E731
-        if not isinstance(objective, MarginalLikelihood):
+        if not objective.is_likelihood:
             return estimate.curvature * missing(first(zero)), zero
         slope, bend = jax.jvp(first, (zero,), (one,))
         return jnp.sum(coefficients * bend), missing(slope)

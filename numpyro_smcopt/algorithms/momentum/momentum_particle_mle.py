@@ -33,7 +33,6 @@ from numpyro_smcopt.algorithms.momentum.settings import (
 )
 from numpyro_smcopt.algorithms.momentum.theta import (
     InformationMetric,
-    InformationState,
     MomentumStep,
     Number,
     TransformMetric,
@@ -299,7 +298,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     @property
     def _maximises_likelihood(self) -> bool:
-        return self.objective is None or isinstance(self.objective, MarginalLikelihood)
+        return self.objective is None or self.objective.is_likelihood
 
     def _objective(self, theta: Theta) -> Objective:
         return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
@@ -423,8 +422,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return unstable_argument("latent_", state.cloud.pace, uncorrected, excess, coupled, latent_time_step)
 
     def _known_information(self, state: MomentumState) -> Array | None:
-        metric = state.motion.metric
-        return metric.information.complete if isinstance(metric, InformationState) else None
+        found = getattr(state.motion.metric, "information", None)
+        return None if found is None else found.complete
 
     def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)

@@ -33,7 +33,7 @@ from numpyro_smcopt.algorithms.momentum.theta import Around, MomentumStep, Motio
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import Point, Potential, Preconditioner
 from numpyro_smcopt.kernels.underdamped import Pace, controlled, exponential
-from numpyro_smcopt.objectives import Estimate, MarginalLikelihood, Objective, Scene
+from numpyro_smcopt.objectives import Estimate, Objective, Scene
 from numpyro_smcopt.population.evaluate import evaluator
 from numpyro_smcopt.population.nonfinite import living, replaced, theta_is_possible
 from numpyro_smcopt.population.safeguards import next_backoff
@@ -249,7 +249,7 @@ def _look(moves: Moves, target: Target, state: MomentumState, theta: Array) -> t
 
 def _said(moves: Moves, terms: Array, estimate: Estimate) -> dict[str, Array]:
     """The loss, and what else the objective says."""
-    if isinstance(moves.objective, MarginalLikelihood):
+    if moves.objective.is_likelihood:
         finite = jnp.all(jnp.isfinite(terms), 1)
         total = jnp.sum(jnp.where(finite, jnp.sum(terms, 1), 0.0))
         return {"loss": total / jnp.maximum(jnp.sum(finite), 1)}
