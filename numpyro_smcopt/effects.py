@@ -123,13 +123,9 @@ class Shell:
             What handlers made of them, of the same shapes and types.
 
         Raises:
-            ValueError: If a handler put something there that cannot take the place, or `control` names another site.
+            ValueError: If a handler put something there that cannot take the place, or steers another site.
         """
-        for handler in _PYRO_STACK:
-            if isinstance(handler, control):
-                handler.check_names(values)
-            elif isinstance(handler, adapt):
-                handler.check_name("steers", handler.site, values)
+        _check("steers", values)
         return {
             name: _in_place_of(value, numpyro.deterministic(PREFIX + name, value), name)
             for name, value in values.items()
@@ -141,9 +137,7 @@ class Shell:
         Raises:
             ValueError: If a rule observes another one.
         """
-        for handler in _PYRO_STACK:
-            if isinstance(handler, adapt):
-                handler.check_name("observes", handler.rule.observes, values)
+        _check("observes", values)
         for name, value in values.items():
             numpyro.deterministic(PREFIX + name, value)
 
@@ -160,6 +154,15 @@ class Shell:
                 "entered during the whole run, or bind them with `handlers=`."
             )
         return dict(self._recorder.mutables)
+
+
+def _check(does: str, announced: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a handler says, by ``smcopt_steers`` or ``smcopt_observes``, that it does so to another."""
+    for handler in _PYRO_STACK:
+        unknown = sorted(set(getattr(handler, f"smcopt_{does}", ())) - announced.keys())
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            raise ValueError(f"{handler!r} {does} {names}, but the sites here are {sorted(announced)}.")
 
 
 def _in_place_of(value: Any, replaced: Any, name: str) -> Any:
@@ -222,15 +225,11 @@ class adapt(Messenger):  # named like the handlers of NumPyro
         except TypeError as error:
             raise TypeError(f"rule must be hashable (a frozen dataclass, for instance), got {rule!r}.") from error
         self.site, self.rule, self.name = site, rule, PREFIX + (name or f"adapt_{site}")
+        self.smcopt_steers, self.smcopt_observes = (site,), (rule.observes,)
         super().__init__()
 
     def __repr__(self) -> str:
         return f"adapt({self.site!r}, {self.rule!r})"
-
-    def check_name(self, does: str, name: str, announced: Mapping[str, Any]) -> None:
-        """Raise a ValueError if a site that this steers or observes is not among those that an algorithm announces."""
-        if name not in announced:
-            raise ValueError(f"{self!r} {does} '{name}', but the sites here are {sorted(announced)}.")
 
     def process_message(self, msg: dict) -> None:
         """Put the rule's value in the place of the control."""
@@ -276,22 +275,17 @@ class control(Messenger):
         self.data = {name.removeprefix(PREFIX): value for name, value in given.items()}
         if not self.data:
             raise ValueError("control needs values, for instance control(step_size=0.1).")
+        self.smcopt_steers = tuple(self.data)
         self._keys = ExitStack()
         super().__init__()
 
     def __repr__(self) -> str:
         return f"control({self.data!r})"
 
-    def check_names(self, announced: Mapping[str, Any]) -> None:
-        """Raise a ValueError if a site is not among those that an algorithm announces."""
-        unknown = sorted(self.data.keys() - announced.keys())
-        if unknown:
-            raise ValueError(f"control names {unknown}, but the control sites here are {sorted(announced)}.")
-
     def __enter__(self) -> "control":
         """Enter, and change the key of the caches."""
-        outer = [handler for handler in _PYRO_STACK if isinstance(handler, control)]
-        self._keys.enter_context(_cache_key(tuple(handler._key() for handler in [*outer, self])))
+        key = tuple((name, _hashable(value)) for name, value in sorted(self.data.items()))
+        self._keys.enter_context(_cache_key((_cache_key.value, key)))
         super().__enter__()
         return self
 
@@ -302,9 +296,6 @@ class control(Messenger):
         super().__exit__(kind, error, trace)
         self._keys.close()
 
-    def _key(self) -> Any:
-        return tuple((name, _hashable(value)) for name, value in sorted(self.data.items()))
-
     def process_message(self, msg: dict) -> None:
         """Put the value in the place of the control."""
         if msg["type"] == "deterministic" and msg.get("_smcopt") in self.data:
@@ -312,7 +303,7 @@ class control(Messenger):
 
 
 # Part of the key of the caches of jit and of scan.
-_cache_key: Callable[[Any], Any] = jax.make_user_context(None)
+_cache_key: Any = jax.make_user_context(None)
 
 
 def unkeyed(method: F) -> F:

@@ -34,7 +34,7 @@ import optax
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.theta_step import FisherStep, LimitedStep, NaturalStep, ThetaStep, as_theta_step
+from numpyro_smcopt.theta_step import FisherStep, NaturalStep, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import small_sample_factor
 
@@ -133,7 +133,7 @@ class Objective(Protocol):
                 theta is too large for any.
         """
         if not self.is_likelihood:
-            return LimitedStep(optax.adam(1e-3)) if refresh_every is None else FisherStep()
+            return as_theta_step(optax.adam(1e-3), target_ess=0.8) if refresh_every is None else FisherStep()
         if refresh_every is None:
             return as_theta_step(optax.adam(optax.schedules.exponential_decay(1e-2, 1000, 0.3)))
         return NaturalStep(refresh_every=refresh_every)

@@ -10,6 +10,7 @@ say), ``-E_pi[grad_theta R]`` is added. Source: Marion et al. 2024; Cuin et al. 
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -123,12 +124,8 @@ def as_objective(given: Any) -> Objective:
             "objective must be an object from numpyro_smcopt.objectives such as Reward(reward_fn), or a function of "
             f"one sample that returns a loss; got {given!r}."
         )
-    return Reward(_Negative(given))
+    return Reward(partial(_minus, given))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Negative:
-    loss_fn: RewardFn
-
-    def __call__(self, sample: dict[str, Array]) -> Array:
-        return -self.loss_fn(sample)
+def _minus(loss_fn: RewardFn, sample: dict[str, Array]) -> Array:
+    return -loss_fn(sample)

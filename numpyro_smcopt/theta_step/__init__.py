@@ -5,13 +5,12 @@
 from numpyro_smcopt.theta_step.base import StepContext, ThetaStep
 from numpyro_smcopt.theta_step.fisher_step import FisherState, FisherStep
 from numpyro_smcopt.theta_step.natural_step import NaturalState, NaturalStep, inverse_metric
-from numpyro_smcopt.theta_step.optimizers import GradientFlow, LimitedStep, OptimizerStep, as_theta_step
+from numpyro_smcopt.theta_step.optimizers import GradientFlow, OptimizerStep, as_theta_step
 
 __all__ = [
     "FisherState",
     "FisherStep",
     "GradientFlow",
-    "LimitedStep",
     "NaturalState",
     "NaturalStep",
     "OptimizerStep",

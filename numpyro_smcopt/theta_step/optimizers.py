@@ -15,8 +15,12 @@ from numpyro_smcopt.theta_step.base import StepContext, ThetaStep, shortened
 from numpyro_smcopt.types import Array
 
 
-def as_theta_step(optim: Any) -> ThetaStep:
+def as_theta_step(optim: Any, target_ess: float | None = None) -> ThetaStep:
     """Wrap what `numpyro.infer.SVI` accepts as an optimiser.
+
+    Args:
+        optim: The optimiser; a `ThetaStep` is returned as it is.
+        target_ess: See `OptimizerStep`.
 
     Raises:
         TypeError: If it is something else, or `numpyro.optim.Minimize`, which takes no gradient.
@@ -29,11 +33,11 @@ def as_theta_step(optim: Any) -> ThetaStep:
             "optimiser such as optax.adam(1e-2), or none: the default needs no learning rate."
         )
     if isinstance(optim, _NumPyroOptim):
-        return OptimizerStep(optim)
+        return OptimizerStep(optim, target_ess)
     if isinstance(optim, optax.GradientTransformation):
-        return OptimizerStep(numpyro.optim.optax_to_numpyro(optim))
+        return OptimizerStep(numpyro.optim.optax_to_numpyro(optim), target_ess)
     if isinstance(optim, optimizers.Optimizer):
-        return OptimizerStep(_NumPyroOptim(lambda *args: args, *optim))
+        return OptimizerStep(_NumPyroOptim(lambda *args: args, *optim), target_ess)
     raise TypeError(
         "Expected either an instance of numpyro.optim._NumPyroOptim, jax.example_libraries.optimizers.Optimizer or "
         f"optax.GradientTransformation. Got {type(optim).__name__}."
@@ -46,9 +50,12 @@ class OptimizerStep:
 
     Args:
         optim: A `numpyro.optim` optimiser.
+        target_ess: Fraction of effective particles that a step of theta may cost, to first order: longer ones are
+            shortened. None for no limit.
     """
 
     optim: Any
+    target_ess: float | None = None
 
     def init(self, theta: Array) -> Any:
         """See `ThetaStep.init`."""
@@ -57,43 +64,16 @@ class OptimizerStep:
     def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         new = self.optim.update(around.gradient, state, value=around.loss)
-        theta = theta + around.admit(self.optim.get_params(new) - theta)
-        # The optimiser keeps a copy of theta, which must not go another way.
+        step = self.optim.get_params(new) - theta
+        if self.target_ess is not None:
+            step = shortened(step, around.spread(step), self.target_ess, around.reach)
+        theta = theta + around.admit(step)
+        # The optimiser keeps a copy of theta, which must not go another way: the leaf that `init` passes through.
         leaves, treedef = jax.tree.flatten(new)
-        leaves = [theta if k == self._place_of_theta(theta) else leaf for k, leaf in enumerate(leaves)]
-        return theta, jax.tree.unflatten(treedef, leaves)
-
-    def _place_of_theta(self, theta: Array) -> int | None:
-        """Which leaf of the state is the copy of theta: the first that `init` passes through."""
         program = jax.make_jaxpr(self.optim.init)(theta).jaxpr
-        return next((k for k, leaf in enumerate(program.outvars) if leaf is program.invars[0]), None)
-
-    def estimate(self, state: Any, theta: Array) -> Array:
-        """See `ThetaStep.estimate`."""
-        del state
-        return theta
-
-
-@dataclasses.dataclass(frozen=True)
-class LimitedStep:
-    """An optax optimiser whose steps are shortened to what the effective sample size allows.
-
-    Args:
-        optim: The optimiser.
-        target_ess: Fraction of effective particles that a step of theta may cost, to first order.
-    """
-
-    optim: optax.GradientTransformation
-    target_ess: float = 0.8
-
-    def init(self, theta: Array) -> Any:
-        """See `ThetaStep.init`."""
-        return self.optim.init(theta)
-
-    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
-        """See `ThetaStep.update`."""
-        step, new = self.optim.update(around.gradient, state, theta)
-        return theta + around.admit(shortened(step, around.spread(step), self.target_ess, around.reach)), new
+        copies = [k for k, leaf in enumerate(program.outvars) if leaf is program.invars[0]]
+        leaves = [theta if k in copies[:1] else leaf for k, leaf in enumerate(leaves)]
+        return theta, jax.tree.unflatten(treedef, leaves)
 
     def estimate(self, state: Any, theta: Array) -> Array:
         """See `ThetaStep.estimate`."""

@@ -14,7 +14,6 @@ from jax.example_libraries import optimizers
 from numpyro_smcopt.information import Fisher, Information, fisher_information
 from numpyro_smcopt.theta_step import (
     FisherStep,
-    LimitedStep,
     NaturalStep,
     OptimizerStep,
     StepContext,
@@ -112,7 +111,10 @@ def test_natural_step_costs_no_more_ess_than_it_may():
     np.testing.assert_allclose(share * theta @ missing @ theta, -np.log(target), rtol=1e-4)
 
 
-@pytest.mark.parametrize("step", [FisherStep(), LimitedStep(optax.sgd(1e6))], ids=["fisher", "limited"])
+LIMITED = as_theta_step(optax.sgd(1e6), target_ess=0.8)
+
+
+@pytest.mark.parametrize("step", [FisherStep(), LIMITED], ids=["fisher", "limited"])
 def test_steps_that_particles_must_follow_are_shorter(step):
     """Without weights a step may have a part of the length that the effective sample size allows."""
     complete, _, optimum = quadratic()
