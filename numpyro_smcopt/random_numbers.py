@@ -82,6 +82,11 @@ def split(rng_key: Array, num: int) -> Array:
     return random.wrap_key_data(keys) if jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key) else keys
 
 
+def aside(rng_key: Array) -> Array:
+    """A key for a look at a state that stays as it is: none of those into which `split` parts ``rng_key``."""
+    return random.fold_in(rng_key, 2**32 - 1)
+
+
 def _bits(rng_key: Array, shape: tuple[int, ...]) -> Array:
     """The bits of `jax.random.bits` without the option that an array may be computed by several devices in parts.
 

@@ -35,6 +35,9 @@ Params: TypeAlias = dict[str, Any]
 TermsFn: TypeAlias = Callable[[Array], Array]
 """One particle ``[D]`` to its energy terms ``[K]``."""
 
+FlatTermsFn: TypeAlias = Callable[[Array, Array], Array]
+"""A flat theta ``[P]`` and one particle ``[D]`` to its energy terms ``[K]``."""
+
 Model: TypeAlias = Callable[..., Any]
 """A callable that contains NumPyro primitives."""
 

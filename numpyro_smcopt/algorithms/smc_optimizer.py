@@ -13,17 +13,17 @@ from jax import random
 from numpyro_smcopt import faults
 from numpyro_smcopt.adaptation import no_limit
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm, check_functions, check_number, whole_or_none
-from numpyro_smcopt.algorithms.smc_update import SMCState, SMCUpdate, diagnostics_of, log_evidence
+from numpyro_smcopt.algorithms.smc_update import SMCParts, SMCState, adopt, diagnose, estimate_at, loss_on
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
-from numpyro_smcopt.kernels import HMC, InvariantKernel, WeightedKernel
+from numpyro_smcopt.kernels import HMC, Kernel, is_kernel
 from numpyro_smcopt.objectives import (
     MarginalLikelihood,
     Objective,
     as_objective,
 )
 from numpyro_smcopt.population import budget
-from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, evaluator, revived
+from numpyro_smcopt.population.evaluate import added_up, evaluator, replace_dead
 from numpyro_smcopt.population.start import (
     Start,
     first_cloud,
@@ -41,7 +41,6 @@ from numpyro_smcopt.results import Status
 from numpyro_smcopt.theta_step import as_theta_step
 from numpyro_smcopt.types import Array, Model, Theta
 from numpyro_smcopt.weights import (
-    incremental_log_weight,
     reweight,
     uniform_log_weights,
 )
@@ -100,7 +99,7 @@ class SMCOptimizer(ParticleAlgorithm):
         optim: Any = None,
         objective: Objective | None = None,
         *,
-        kernel: InvariantKernel | WeightedKernel | None = None,
+        kernel: Kernel | None = None,
         num_particles: int | None = None,
         resampling: ResamplingScheme | None = None,
         ess_threshold: float = 0.5,
@@ -115,7 +114,7 @@ class SMCOptimizer(ParticleAlgorithm):
         check_number("ess_threshold", ess_threshold)
         if not 0.0 <= ess_threshold <= 1.0:
             raise ValueError(f"ess_threshold is a fraction of the particles within [0, 1], got {ess_threshold!r}.")
-        if kernel is not None and not isinstance(kernel, InvariantKernel | WeightedKernel):
+        if kernel is not None and not is_kernel(kernel):
             raise TypeError(f"kernel must be an object from numpyro_smcopt.kernels such as MALA(), got {kernel!r}.")
         self.optim = None if optim is None else as_theta_step(optim)
         self.objective = (
@@ -125,7 +124,8 @@ class SMCOptimizer(ParticleAlgorithm):
         self.num_particles = num_particles
         self.resample = when_ess_below(resampling or systematic, ess_threshold)
         self.init_strategy = init_strategy
-        self._smc = SMCUpdate(self.objective, self.kernel, self.resample.scheme, self.optim)
+        self._parts = SMCParts(self.objective, self.kernel, self.resample.scheme, self.optim)
+        self._update = self._parts.order()
         self.partition = one_block if self.objective.whole_particles else partition
 
     _state_type = SMCState
@@ -135,16 +135,17 @@ class SMCOptimizer(ParticleAlgorithm):
         theta, target = start.theta, start.target
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
         self.objective.check(target, theta)
-        blocks = start_blocks(rng_key, start, self.partition, self.init_strategy)
+        key_blocks, rng_key = random.split(rng_key)
+        blocks = start_blocks(key_blocks, start, self.partition, self.init_strategy)
         num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
         first = ("first", num_particles), self._first_state(num_particles)
         start.foresee(start.prepare(*first, rng_key, theta, blocks, mode)[0])
-        warm = warm_theta(start, blocks) if self.optim is None and self._smc.maximises_likelihood else None
+        warm = warm_theta(start, blocks) if self.optim is None and self.objective.is_likelihood else None
         if warm is not None:
             theta, mode = warm
         state, num_unfinished, num_stages = start.call(*first, rng_key, theta, blocks, mode)
         refuse_hopeless(start, state.points.terms, blocks.sums)
-        if not self._smc.maximises_likelihood:
+        if not self.objective.is_likelihood:
             refuse_loss(start, self.objective, state.diagnostics["loss"])
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
         return state
@@ -154,7 +155,7 @@ class SMCOptimizer(ParticleAlgorithm):
             return 1  # plain maximum likelihood: there is nothing to integrate out
         return self.num_particles or budget.default_num_particles(
             target.work(theta),
-            control_variates=self._smc.maximises_likelihood,
+            control_variates=self.objective.is_likelihood,
             fewest=budget.fewest_with_weights(num_blocks),
         )
 
@@ -164,11 +165,11 @@ class SMCOptimizer(ParticleAlgorithm):
         def first(
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[SMCState, Array, Array]:
-            key_cloud, key_state = random.split(rng_key)
+            key_cloud, key_objective, key_state = random.split(rng_key, 3)
             whole = blocks
             target, blocks = added_up(target, whole)
             _, flat, _ = flat_terms(target, theta)
-            kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
+            kernel = self.kernel if self.kernel.invariant else HMC()
             cloud = first_cloud(
                 key_cloud, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
             )
@@ -179,7 +180,7 @@ class SMCOptimizer(ParticleAlgorithm):
             finite = jnp.isfinite(blocks.sum_terms(points.terms) + blocks.sum_coordinates(points.grad))
             equal = uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype)
             fresh = reweight(equal, jnp.where(finite, 0.0, jnp.nan))
-            points = revived(points, fresh.log_weights, blocks)
+            points = replace_dead(points, fresh.log_weights, blocks)
             known = starts_from_prior(target, self.init_strategy)
             free = -blocks.sum_free_terms(points.terms[0])
             first = jnp.sum(cloud.log_evidence) + free if known else jnp.zeros((), flat.dtype)
@@ -193,7 +194,7 @@ class SMCOptimizer(ParticleAlgorithm):
                 log_evidence_change=jnp.zeros_like(first),
                 relative=jnp.asarray(not known),
                 step=first_step(self.kernel, cloud.step, kernel),
-                theta_state=self._smc.theta_step(target, theta, num_particles, blocks.num_blocks).init(flat),
+                theta_state=self._parts.theta_step(target, theta, num_particles, blocks.num_blocks).init(flat),
                 next_theta=flat,
                 step_backoff=jnp.ones((), flat.dtype),
                 blocks=blocks,
@@ -206,17 +207,26 @@ class SMCOptimizer(ParticleAlgorithm):
                 mutable_state={},
                 rng_key=key_state,
             )
-            estimate = self._smc.estimate(target, state, points, state.log_weights, theta)
-            kept = jnp.ones_like(cloud.acceptance)
-            diagnostics = diagnostics_of(state, fresh, kept, cloud.acceptance, jnp.zeros_like(flat), zero, zero)
-            diagnostics = self._smc.with_gradient(diagnostics, jnp.zeros_like(flat))
-            state = state._replace(diagnostics=self._smc.with_objective(diagnostics, estimate), blocks=whole)
+            estimate = estimate_at(self._parts, target, theta, state, blocks, key_objective)
+            diagnostics = diagnose(
+                self._parts,
+                state,
+                estimate,
+                jnp.zeros_like(flat),
+                ess=fresh.ess,
+                step_ess=jnp.ones_like(cloud.acceptance),
+                acceptance=cloud.acceptance,
+                num_nonfinite=fresh.num_nonfinite,
+                num_refused=zero,
+                num_resampled=zero,
+            )
+            state = state._replace(diagnostics=diagnostics, blocks=whole)
             return state, jnp.sum(cloud.unfinished), cloud.num_stages
 
         return first
 
     def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
-        return self._smc.step(target, state, controls)
+        return self._update(self._parts, target, state, controls)
 
     def _attached(self) -> Any:
         return self.objective.arrays
@@ -233,22 +243,7 @@ class SMCOptimizer(ParticleAlgorithm):
 
     # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
-        target, blocks = added_up(target, state.blocks)
-        points = jax.vmap(evaluator(target, state.theta, state.points.score is not None))(state.points.x)
-        change = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
-        weighed = reweight(state.log_weights, change)
-        wrong = blocks_are_wrong(random.fold_in(state.rng_key, 1), target, state.theta, points.x, blocks)
-        free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
-        adopted = state._replace(
-            points=revived(points, weighed.log_weights, blocks),
-            log_weights=weighed.log_weights,
-            log_evidence_change=state.log_evidence_change + jnp.sum(weighed.log_mean) + free,
-            num_lost=state.num_lost + weighed.num_nonfinite,
-            fingerprint=fingerprint,
-        )
-        usable = ~wrong & ~jnp.any(weighed.collapsed)
-        kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b) if a is not b else a, adopted, state)
-        return kept._replace(wrong_blocks=wrong)
+        return adopt(target, state, fingerprint)
 
     def evaluate(self, state: SMCState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.
@@ -262,22 +257,14 @@ class SMCOptimizer(ParticleAlgorithm):
         """
         self._check_state(state)
         arrays, static = self._bind(args, kwargs)
-
-        def loss(target: Target, state: SMCState) -> Array:
-            state = self._adopt(target, state, state.fingerprint)
-            if self._smc.maximises_likelihood:
-                return -log_evidence(state)
-            target, blocks = added_up(target, state.blocks)
-            state = state._replace(blocks=blocks)
-            return self._smc.estimate(target, state, state.points, state.log_weights, state.theta).loss
-
+        loss = lambda target, state: loss_on(self._parts, target, state)  # noqa: E731
         return self._program("evaluate", loss)(static, arrays, state)
 
     def _report_faults(self, state: SMCState, diagnostics: dict[str, Array]) -> Status:
         num = len(diagnostics["loss"])
         refused, lost = (int(np.sum(diagnostics[name])) for name in ("num_refused", "num_nonfinite"))
         acceptance = float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))
-        moves = isinstance(self.kernel, InvariantKernel) and state.points.x.shape[1] > 0
+        moves = self.kernel.invariant and state.points.x.shape[1] > 0
         starved = faults.starved_cloud(float(np.mean(diagnostics["step_ess"])), state.log_weights.shape[0])
         faults.warn_of(
             (

@@ -17,35 +17,40 @@ arXiv 2601.22003, algorithm 1.
 """
 
 import dataclasses
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import random
 
-from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.kernels import Kernel, Point, Potential, Step
 from numpyro_smcopt.objectives import Cloud, Estimate, Objective, Scene, term_coefficients
 from numpyro_smcopt.population import budget
-from numpyro_smcopt.population.evaluate import added_up, evaluator, resample_blocks, revived
+from numpyro_smcopt.population.evaluate import (
+    added_up,
+    blocks_are_wrong,
+    evaluate_together,
+    evaluator,
+    evaluator_at,
+    replace_dead,
+    resample_blocks,
+)
 from numpyro_smcopt.population.gradients import (
-    Gradient,
     default_theta_step,
     gradient_of_rest,
     step_context,
     step_probe,
     surrogate_gradient,
 )
-from numpyro_smcopt.population.safeguards import SHORTER, Judged, advance, directly, next_backoff, unspoiled
-from numpyro_smcopt.potential import Target, flat_terms, strong
-from numpyro_smcopt.random_numbers import RandomNumbers, draw_random_numbers, split
+from numpyro_smcopt.population.safeguards import SHORTER, next_backoff, select, update_if_finite
+from numpyro_smcopt.potential import Target, flat_terms
+from numpyro_smcopt.random_numbers import RandomNumbers, aside, draw_random_numbers, split
 from numpyro_smcopt.resampling import ResamplingScheme
-from numpyro_smcopt.theta_step import StepContext, ThetaStep
-from numpyro_smcopt.types import Array, Params, Theta
-from numpyro_smcopt.weights import Reweighted, conditional_ess, incremental_log_weight, reweight
+from numpyro_smcopt.theta_step import ThetaStep
+from numpyro_smcopt.types import Array, FlatTermsFn, Params, Theta
+from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, reweight
 
 KEPT_BY_A_MOVE = 0.2  # of the effective particles, or the move of a weighted kernel is not made
 
@@ -100,8 +105,8 @@ class SMCState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SMCUpdate:
-    """How an update is made.
+class SMCParts:
+    """The parts of an update.
 
     Args:
         objective: What is minimised.
@@ -111,260 +116,356 @@ class SMCUpdate:
     """
 
     objective: Objective
-    kernel: InvariantKernel | WeightedKernel
+    kernel: Kernel
     scheme: ResamplingScheme
     optim: ThetaStep | None
 
-    def step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
-        """The next state, see the head of this file."""
-        num_particles, num_blocks = state.log_weights.shape
-        whole = state.blocks
-        target, blocks = added_up(target, whole)
-        state, step = state._replace(blocks=blocks), state.step._replace(size=controls["step_size"])
-        keys = split(state.rng_key, 2 + num_blocks)
-        num_uniforms = self.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
-        random_numbers = draw_random_numbers(keys[1], state.points.x, num_uniforms)
-        _, flat, unravel = flat_terms(target, state.theta)
-        theta_step = self.theta_step(target, state.theta, num_particles, num_blocks)
+    def order(self) -> "UpdateFn":
+        """`gradient_first` or `weigh_first`.
 
-        # Theta: the gradient and a step, or what the last update decided
-        gradient, proposed, theta_state, usable = self._propose(target, state, theta_step, controls)
-
-        # Move and weigh (weighted kernels), or weigh where the particles are (invariant kernels)
-        judge = partial(self._judge, target, state, proposed, random_numbers, step)
-        judged_by = unspoiled if self._shares_passes(state) else directly
-        judged = judged_by(judge, state.points.x, jnp.zeros(state.log_weights.shape, bool))
-        points, log_weights, sound = judged.points, judged.log_weights, judged.sound
-        keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
-        here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
-        ess = jnp.where(sound, judged.weighed.ess, jnp.inf)
-        next_theta = flat + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, flat) - flat)
-        state = state._replace(log_evidence_change=state.log_evidence_change + judged.gained)
-
-        # Next theta, from the weighted particles before they are resampled and moved
-        if judged.estimate is not None:
-            gradient = judged.gradient
-            around = self._step_context(target, state, points, log_weights, here, gradient, judged.estimate, controls)
-            following, next_theta_state, usable = advance(theta_step, theta_state, here, around)
-            next_theta, theta_state = keep(following, next_theta), keep(next_theta_state, theta_state)
-
-        # Resample
-        threshold = jnp.where(controls["resample"], controls["ess_threshold"], -1.0)
-        points, log_weights, num_resampled = resample_blocks(
-            keys[2:], points, log_weights, ess, blocks, self.scheme, threshold
-        )
-
-        # Move (invariant kernels)
-        if isinstance(self.kernel, InvariantKernel):
-            points, accepted = self._move(target, state, unravel(here), points, random_numbers, step)
-            acceptance = jnp.sum(jnp.exp(log_weights) * accepted, 0)
-            size = adapt_size(step.size, acceptance, self.kernel.target, state.num_updates)
-        else:
-            acceptance = (judged.kept >= KEPT_BY_A_MOVE).astype(flat.dtype)
-            size = adapt_unadjusted_size(step.size, judged.kept, self.kernel.target, state.num_updates)
-
-        # Adapt
-        preconditioner = self.kernel.preconditioning.adapt(step.preconditioner, points.x, log_weights, blocks)
-
-        refused = (~(sound & usable)).astype(jnp.int32)
-        state = state._replace(
-            theta=unravel(here),
-            params=target.constrain_params(unravel(theta_step.estimate(theta_state, here))),
-            points=points,
-            log_weights=log_weights,
-            step=Step(size, preconditioner),
-            theta_state=theta_state,
-            next_theta=next_theta,
-            step_backoff=next_backoff(state.step_backoff, sound, usable),
-            num_updates=state.num_updates + 1,
-            num_refused=state.num_refused + refused,
-            num_lost=jnp.zeros_like(state.num_lost),
-            blocks=whole,
-            rng_key=keys[0],
-        )
-        diagnostics = diagnostics_of(state, judged.weighed, judged.kept, acceptance, gradient, num_resampled, refused)
-        diagnostics = self.with_gradient(diagnostics, gradient)
-        return state._replace(diagnostics=self.with_objective(diagnostics, judged.estimate))
-
-    def _judge(
-        self,
-        target: Target,
-        state: SMCState,
-        proposed: Array,
-        random_numbers: RandomNumbers,
-        step: Step,
-        x: Array,
-        lost: Array,
-    ) -> Judged:
-        """Particles ``x`` weighed at theta', a refusal if need be, and loss and gradient where theta then is.
-
-        ``lost [N, B]`` have no weight whatever their energy.
+        The paper takes the gradient of the cloud as the last move left it. The default order weighs, takes the
+        gradient, and then moves the particles: the particles that weigh a step have then moved since they proposed it,
+        so the log evidence is not pulled up by steps that were fitted to the very particles that judge them. Objectives
+        other than the marginal likelihood always have that order: the loss and the gradient are then those of one and
+        the same theta and cloud, before resampling adds its noise.
         """
-        _, flat, unravel = flat_terms(target, state.theta)
-        blocks = state.blocks
-        moved, change, backward, kept = self._weigh(target, state, proposed, random_numbers, step, x)
-        # A particle without a finite gradient has no future.
-        change = jnp.where(jnp.isfinite(blocks.sum_coordinates(moved.grad)) & ~lost, change, jnp.nan)
-        if moved.score is not None:  # where none is finite it is theta that is at fault, and stays
-            scored = jnp.all(jnp.isfinite(moved.score), 1, keepdims=True)
-            change = jnp.where(scored | ~jnp.any(scored), change, jnp.nan)
-        weighed = reweight(state.log_weights, change)
-        kept = conditional_ess(state.log_weights, change) if kept is None else kept
-        gained = jnp.sum(weighed.log_mean) + jnp.mean(blocks.sum_free_terms(state.points.terms - moved.terms))
-
-        # Refuse a step that leaves a block without weight, or theta not finite
-        sound = ~jnp.any(weighed.collapsed) & jnp.all(jnp.isfinite(proposed))
-        sound &= jnp.isfinite(state.log_evidence_change + gained)
-        keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
-        log_weights, gained = keep(weighed.log_weights, state.log_weights), jnp.where(sound, gained, 0.0)
-        points = changed_if(~sound, lambda _: state.points, revived(moved, weighed.log_weights, blocks))
-        # In a refused update it is theta that is at fault, and no particle.
-        num_nonfinite = jnp.where(sound, weighed.num_nonfinite, 0) + state.num_lost
-        weighed = weighed._replace(num_nonfinite=num_nonfinite)
-        if self._gradient_first:
-            return Judged(points, log_weights, weighed, kept, sound, gained, jnp.zeros_like(flat), None)
-
-        # What the objective says of them
-        state = state._replace(log_evidence_change=state.log_evidence_change + gained)
-        estimate = self.estimate(target, state, points, log_weights, unravel(keep(proposed, flat)))
-        gradient = jnp.where(sound, backward(points, estimate), 0.0)
-        estimate = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf)), estimate._replace(rest=None))
-        return Judged(points, log_weights, weighed, kept, sound, gained, gradient, estimate)
-
-    @property
-    def maximises_likelihood(self) -> bool:
-        """Whether the loss is minus the log evidence."""
-        return self.objective.is_likelihood
-
-    @property
-    def _gradient_first(self) -> bool:
-        """Whether theta moves by the gradient of the cloud as it was left by the last move, as in the paper.
-
-        The default order weighs, takes the gradient, and then moves the particles: the particles that weigh a step
-        have then moved since they proposed it, so the log evidence is not pulled up by steps that were fitted to the
-        very particles that judge them. Objectives other than the marginal likelihood always have that order: the loss
-        and the gradient are then those of one and the same theta and cloud, before resampling adds its random_numbers.
-        """
-        return self.maximises_likelihood and (self.optim is not None or isinstance(self.kernel, WeightedKernel))
-
-    def _shares_passes(self, state: SMCState) -> bool:
-        """Whether one forward pass serves the weights and the gradients in x and theta."""
-        invariant = isinstance(self.kernel, InvariantKernel)
-        return invariant and not self._gradient_first and state.points.score is None
-
-    def _propose(
-        self, target: Target, state: SMCState, theta_step: ThetaStep, controls: dict[str, Any]
-    ) -> tuple[Array, Array, Any, Array]:
-        """Gradient, theta', the state of the theta step and whether they are finite, if the gradient comes first.
-
-        Else what was decided in the last update.
-        """
-        _, flat, _ = flat_terms(target, state.theta)
-        if not self._gradient_first:
-            return jnp.zeros_like(flat), state.next_theta, state.theta_state, jnp.asarray(True)
-        estimate = self.estimate(target, state, state.points, state.log_weights, state.theta)
-        gradient = surrogate_gradient(target, state.blocks, state.theta)(state.points, estimate)
-        around = self._step_context(target, state, state.points, state.log_weights, flat, gradient, estimate, controls)
-        return gradient, *advance(theta_step, state.theta_state, flat, around)
-
-    def _weigh(
-        self, target: Target, state: SMCState, proposed: Array, random_numbers: RandomNumbers, step: Step, x: Array
-    ) -> tuple[Point, Array, Gradient, Array | None]:
-        """Particles evaluated at theta', [N, B] what their log weights gain, an estimate's way to a gradient, and [B].
-
-        The last is the fraction of effective particles that the move of a weighted kernel kept, or would have kept: a
-        block whose weights it would destroy (an unstable step size) stays where it is instead, which is a valid move
-        too, and is weighed there. The particles of other kernels do not move in here, and are taken to be at ``x``.
-        """
-        terms_fn, _, unravel = flat_terms(target, state.theta)
-        evaluate = evaluator(target, unravel(proposed), state.points.score is not None)
-        backward = surrogate_gradient(target, state.blocks, unravel(proposed))
-
-        def gain(points: Point, log_ratio: Array | float) -> Array:
-            return incremental_log_weight(state.points.terms, points.terms, state.blocks.sum_terms, log_ratio)
-
-        if isinstance(self.kernel, WeightedKernel):
-            potential = Potential(evaluate, state.blocks)
-            points, log_ratio = jax.vmap(lambda drawn, p: self.kernel.move(drawn, p, potential, step))(
-                random_numbers, state.points
-            )
-            change = gain(points, log_ratio)
-            # Of those that met a finite energy: the others are not for the step size to answer for.
-            survived = jnp.sum(jnp.where(jnp.isfinite(change), jnp.exp(state.log_weights), 0.0), 0)
-            kept = conditional_ess(state.log_weights, change) / jnp.maximum(survived, jnp.finfo(change.dtype).tiny)
-            moves = kept >= KEPT_BY_A_MOVE
-            where = state.blocks.to_coordinates(moves)
-
-            def stay(moved: tuple[Point, Array]) -> tuple[Point, Array]:
-                points = jax.vmap(evaluate)(jnp.where(where, moved[0].x, state.points.x))
-                return points, gain(points, jnp.where(moves, log_ratio, 0.0))
-
-            return *changed_if(~jnp.all(moves), stay, (points, change)), backward, kept
-        if not self._shares_passes(state):
-            points = jax.vmap(evaluate)(x)
-            return points, gain(points, 0.0), backward, None
-        # One forward pass serves the weights and both gradients.
-        all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
-        terms, vjp = jax.vjp(all_terms, proposed, x)
-        points = Point(x, terms, vjp(jnp.ones_like(terms))[1])
-        shared = lambda estimate: vjp(term_coefficients(estimate, state.blocks))[0]  # noqa: E731
-        rest = lambda estimate: gradient_of_rest(estimate, unravel(proposed))  # noqa: E731
-        return points, gain(points, 0.0), lambda points, estimate: shared(estimate) + rest(estimate), None
-
-    def estimate(self, target: Target, state: SMCState, points: Point, log_weights: Array, theta: Theta) -> Estimate:
-        """Loss and coefficients of the gradient at ``theta``, where ``points`` are evaluated and weighed."""
-        cloud = Cloud(*points[:3], log_weights, state.blocks, log_evidence(state), state.log_evidence_change)
-        return self.objective.estimate(Scene(target, theta, target.attached, random.fold_in(state.rng_key, 2)), cloud)
-
-    def with_gradient(self, diagnostics: dict[str, Array], gradient: Array) -> dict[str, Array]:
-        """Diagnostics with the gradient [P] of a likelihood, from which it is seen whether theta still moves."""
-        if not self.maximises_likelihood or gradient.size > budget.LARGEST_INFORMATION:
-            return diagnostics
-        return diagnostics | {"gradient": jnp.where(jnp.isfinite(gradient), gradient, 0.0)}
-
-    def with_objective(self, diagnostics: dict[str, Array], estimate: Estimate | None) -> dict[str, Array]:
-        """Diagnostics with the loss of an objective other than the marginal likelihood, and with what else it says."""
-        if self.maximises_likelihood or estimate is None:
-            return diagnostics
-        masked = jnp.asarray(estimate.num_masked, jnp.int32)
-        return diagnostics | estimate.diagnostics | {"loss": estimate.loss, "num_masked": masked}
-
-    def _step_context(
-        self,
-        target: Target,
-        state: SMCState,
-        points: Point,
-        log_weights: Array,
-        theta: Array,
-        gradient: Array,
-        estimate: Estimate,
-        controls: dict[str, Any],
-    ) -> StepContext:
-        loss = -log_evidence(state) if self.maximises_likelihood else estimate.loss
-        place = target, state.theta, theta, points, log_weights, state.blocks
-
-        def admit(step: Array) -> Array:
-            step = controls["learning_rate"] * state.step_backoff * step
-            return controls["theta_limit"](step_probe(*place), step) * step
-
-        found = step_context(*place, state.num_updates)
-        return found._replace(gradient=gradient, loss=loss, curvature=estimate.curvature, admit=admit)
-
-    def _move(
-        self, target: Target, state: SMCState, theta: Theta, points: Point, random_numbers: RandomNumbers, step: Step
-    ) -> tuple[Point, Array]:
-        """One invariant move of every particle at ``theta``; the acceptance of each block, [N, B]."""
-        potential = Potential(evaluator(target, theta, points.score is not None), state.blocks)
-        return jax.vmap(lambda random_numbers, p: self.kernel.move(random_numbers, p, potential, step))(
-            random_numbers, points
-        )
+        as_published = self.objective.is_likelihood and (self.optim is not None or not self.kernel.invariant)
+        return gradient_first if as_published else weigh_first
 
     def theta_step(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> ThetaStep:
-        """The step of theta, by default the one that needs no learning rate."""
+        """The step of theta; by default the one that needs no learning rate."""
         if self.optim is not None:
             return self.optim
         evaluations = self.kernel.num_evaluations
         return default_theta_step(self.objective, target, theta, num_particles, num_blocks, evaluations)
+
+
+UpdateFn: TypeAlias = Callable[[SMCParts, Target, SMCState, dict[str, Any]], SMCState]
+"""The next state, from the present one and the values of the control sites."""
+
+
+def weigh_first(parts: SMCParts, target: Target, state: SMCState, controls: dict[str, Any]) -> SMCState:
+    """Go where the last update decided to go, and decide on the next theta."""
+    now = _workspace(parts, target, state, controls)
+
+    # Weigh the particles at theta', or refuse theta'; those of a weighted kernel move there first
+    state, weighed = _weigh(now, state, state.next_theta)
+
+    # Gradient at theta'
+    estimate, gradient = _differentiate(now, state, weighed.theta, weighed.pull_back)
+    gradient = jnp.where(weighed.accepted, gradient, 0.0)
+
+    # Next theta, from particles that have not yet been resampled and moved
+    *advanced, usable = _step_theta(now, state, weighed.theta, estimate, gradient)
+    next_theta, theta_state = select(weighed.accepted, advanced, [state.next_theta, state.theta_state])
+
+    # Resample the blocks of low effective sample size
+    state, num_resampled = _resample(now, state, weighed)
+
+    # Move those of an invariant kernel, and adapt the kernel
+    state, acceptance = _move(now, state, weighed)
+
+    state = state._replace(next_theta=next_theta, theta_state=theta_state)
+    return _concluded(now, state, weighed, estimate, gradient, usable, num_resampled, acceptance)
+
+
+def gradient_first(parts: SMCParts, target: Target, state: SMCState, controls: dict[str, Any]) -> SMCState:
+    """The algorithm as published."""
+    now = _workspace(parts, target, state, controls)
+
+    # Gradient at theta, from the particles as the last update left them
+    estimate, gradient = _differentiate(now, state, now.theta)
+
+    # Step to theta'
+    proposed, theta_state, usable = _step_theta(now, state, now.theta, estimate, gradient)
+
+    # Weigh the particles at theta', or refuse theta'; those of a weighted kernel move there first
+    state, weighed = _weigh(now, state, proposed)
+    theta_state = select(weighed.accepted, theta_state, state.theta_state)
+
+    # Resample the blocks of low effective sample size
+    state, num_resampled = _resample(now, state, weighed)
+
+    # Move those of an invariant kernel, and adapt the kernel
+    state, acceptance = _move(now, state, weighed)
+
+    state = state._replace(theta_state=theta_state)
+    return _concluded(now, state, weighed, estimate, gradient, usable, num_resampled, acceptance)
+
+
+# -- what they are made of ---------------------------------------------------------------------------------------------
+class _Workspace(NamedTuple):
+    """What the stages of one update share.
+
+    Attributes:
+        parts: The parts.
+        target: The model, its energy terms added up.
+        terms_fn: The same, of a flat theta.
+        blocks: The partition of those sums.
+        theta: [P] the present theta, flat.
+        unravel: The way back to its tree.
+        theta_step: Moves it.
+        step: How far the kernel goes.
+        controls: Values of the control sites.
+        random_numbers: Of the moves.
+        key_objective: Of the objective.
+        keys_resampling: [B] one per block.
+        next_key: Of the updates that follow.
+    """
+
+    parts: SMCParts
+    target: Target
+    terms_fn: FlatTermsFn
+    blocks: Blocks
+    theta: Array
+    unravel: Callable[[Array], Theta]
+    theta_step: ThetaStep
+    step: Step
+    controls: dict[str, Any]
+    random_numbers: RandomNumbers
+    key_objective: Array
+    keys_resampling: Array
+    next_key: Array
+
+
+def _workspace(parts: SMCParts, target: Target, state: SMCState, controls: dict[str, Any]) -> _Workspace:
+    num_particles, num_blocks = state.log_weights.shape
+    target, blocks = added_up(target, state.blocks)
+    terms_fn, theta, unravel = flat_terms(target, state.theta)
+    next_key, key_move, key_objective, *_ = keys = split(state.rng_key, 3 + num_blocks)
+    num_uniforms = parts.kernel.num_uniforms(state.points.x.shape[1], num_blocks)
+    return _Workspace(
+        parts,
+        target,
+        terms_fn,
+        blocks,
+        theta,
+        unravel,
+        parts.theta_step(target, state.theta, num_particles, num_blocks),
+        state.step._replace(size=controls["step_size"]),
+        controls,
+        draw_random_numbers(key_move, state.points.x, num_uniforms),
+        key_objective,
+        keys[3:],
+        next_key,
+    )
+
+
+class _Weighed(NamedTuple):
+    """What weighing found.
+
+    Attributes:
+        theta: [P] theta', or the present theta if theta' was refused.
+        accepted: [] bool, whether it was not.
+        ess: [B] effective sample size.
+        num_nonfinite: [] weights that were lost.
+        conditional_ess: [B] share of the effective particles that the update kept, or that its moves would have kept.
+        pull_back: From cotangents [N, K] of the energy terms to the gradient at theta', if that is known.
+    """
+
+    theta: Array
+    accepted: Array
+    ess: Array
+    num_nonfinite: Array
+    conditional_ess: Array
+    pull_back: Callable[[Array], Array] | None
+
+
+def _weigh(now: _Workspace, state: SMCState, proposed: Array) -> tuple[SMCState, _Weighed]:
+    """The particles with their weights at theta', and the log evidence; all as before where theta' is refused.
+
+    It is refused if it is not finite, or would leave a block without any weight.
+    """
+    kernel, blocks, pull_back, kept = now.parts.kernel, now.blocks, None, None
+    if kernel.invariant and state.points.score is None:
+        points, pull_back = evaluate_together(now.terms_fn, proposed, state.points.x)
+        increment = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms)
+    else:
+        potential = Potential(evaluator_at(now.terms_fn, proposed, state.points.score is not None), blocks)
+        weigh = lambda drawn, point: kernel.weigh(drawn, point, potential, now.step)  # noqa: E731
+        points, log_ratio = jax.vmap(weigh)(now.random_numbers, state.points)
+        increment = incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms, log_ratio)
+        if not kernel.invariant:
+            points, increment, kept = _unmoved(now, state, potential, points, increment, log_ratio)
+
+    # A particle without a finite gradient has no future.
+    increment = jnp.where(jnp.isfinite(blocks.sum_coordinates(points.grad)), increment, jnp.nan)
+    if points.score is not None:  # where none is finite it is theta that is at fault, and stays
+        scored = jnp.all(jnp.isfinite(points.score), 1, keepdims=True)
+        increment = jnp.where(scored | ~jnp.any(scored), increment, jnp.nan)
+    new = reweight(state.log_weights, increment)
+    gained = jnp.sum(new.log_mean) + jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
+
+    accepted = ~jnp.any(new.collapsed) & jnp.all(jnp.isfinite(proposed))
+    accepted &= jnp.isfinite(state.log_evidence_change + gained)
+    retry = now.theta + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, now.theta) - now.theta)
+    weighed = _Weighed(
+        theta=jnp.where(accepted, proposed, now.theta),
+        accepted=accepted,
+        ess=new.ess,
+        num_nonfinite=jnp.where(accepted, new.num_nonfinite, 0),  # else it is theta that is at fault
+        conditional_ess=conditional_ess(state.log_weights, increment) if kept is None else kept,
+        pull_back=pull_back,
+    )
+    before, points = state.points, replace_dead(points, new.log_weights, blocks)
+    return state._replace(
+        points=changed_if(~accepted, lambda _: before, points),
+        log_weights=jnp.where(accepted, new.log_weights, state.log_weights),
+        log_evidence_change=state.log_evidence_change + jnp.where(accepted, gained, 0.0),
+        next_theta=retry,
+    ), weighed
+
+
+def _unmoved(
+    now: _Workspace, state: SMCState, potential: Potential, points: Point, increment: Array, log_ratio: Array
+) -> tuple[Point, Array, Array]:
+    """Points and increments without the moves that would destroy the weights of a block, and what the moves keep [B].
+
+    A block that stays where it is, and is weighed there, makes a valid move too.
+    """
+    # Of those that met a finite energy: the others are not for the step size to answer for.
+    survived = jnp.sum(jnp.where(jnp.isfinite(increment), jnp.exp(state.log_weights), 0.0), 0)
+    kept = conditional_ess(state.log_weights, increment) / jnp.maximum(survived, jnp.finfo(increment.dtype).tiny)
+    moves = kept >= KEPT_BY_A_MOVE
+    where, blocks = now.blocks.to_coordinates(moves), now.blocks
+
+    def stay(moved: tuple[Point, Array]) -> tuple[Point, Array]:
+        points = jax.vmap(potential.evaluate)(jnp.where(where, moved[0].x, state.points.x))
+        ratio = jnp.where(moves, log_ratio, 0.0)
+        return points, incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms, ratio)
+
+    return *changed_if(~jnp.all(moves), stay, (points, increment)), kept
+
+
+def estimate_at(
+    parts: SMCParts, target: Target, theta: Theta, state: SMCState, blocks: Blocks, rng_key: Array
+) -> Estimate:
+    """What the objective says of the cloud of a state, evaluated and weighed at ``theta``."""
+    cloud = Cloud(*state.points[:3], state.log_weights, blocks, log_evidence(state), state.log_evidence_change)
+    return parts.objective.estimate(Scene(target, theta, target.attached, rng_key), cloud)
+
+
+def _differentiate(
+    now: _Workspace, state: SMCState, theta: Array, pull_back: Callable[[Array], Array] | None = None
+) -> tuple[Estimate, Array]:
+    """What the objective says, and the gradient [P] at ``theta``."""
+    tree = now.unravel(theta)
+    estimate = estimate_at(now.parts, now.target, tree, state, now.blocks, now.key_objective)
+    backward = lambda: surrogate_gradient(  # noqa: E731
+        now.terms_fn, theta, now.unravel, state.points, estimate, now.blocks
+    )
+    if pull_back is None:
+        return estimate, backward()
+    gradient = pull_back(term_coefficients(estimate, now.blocks)) + gradient_of_rest(estimate, tree)
+    # Particles without weight may have spoiled it, where they stood: zero times NaN is NaN.
+    return estimate, changed_if(~jnp.all(jnp.isfinite(gradient)), lambda _: backward(), gradient)
+
+
+def _step_theta(
+    now: _Workspace, state: SMCState, theta: Array, estimate: Estimate, gradient: Array
+) -> tuple[Array, Any, Array]:
+    """Where a step from ``theta`` leads, the state of the theta step, and whether all of that is finite."""
+    place = now.target, state.theta, theta, state.points, state.log_weights, now.blocks
+
+    def admit(step: Array) -> Array:
+        step = now.controls["learning_rate"] * state.step_backoff * step
+        return now.controls["theta_limit"](step_probe(*place), step) * step
+
+    loss = -log_evidence(state) if now.parts.objective.is_likelihood else estimate.loss
+    context = step_context(*place, state.num_updates)
+    context = context._replace(gradient=gradient, loss=loss, curvature=estimate.curvature, admit=admit)
+    return update_if_finite(now.theta_step, state.theta_state, theta, context)
+
+
+def _resample(now: _Workspace, state: SMCState, weighed: _Weighed) -> tuple[SMCState, Array]:
+    """The particles resampled, none where theta' was refused, and how many blocks were."""
+    ess = jnp.where(weighed.accepted, weighed.ess, jnp.inf)
+    threshold = jnp.where(now.controls["resample"], now.controls["ess_threshold"], -1.0)
+    points, log_weights, num_resampled = resample_blocks(
+        now.keys_resampling, state.points, state.log_weights, ess, now.blocks, now.parts.scheme, threshold
+    )
+    return state._replace(points=points, log_weights=log_weights), num_resampled
+
+
+def _move(now: _Workspace, state: SMCState, weighed: _Weighed) -> tuple[SMCState, Array]:
+    """The particles after a move that leaves the target invariant, the adapted step, and the acceptance [B]."""
+    kernel, points, step = now.parts.kernel, state.points, now.step
+    if kernel.invariant:
+        potential = Potential(evaluator_at(now.terms_fn, weighed.theta, points.score is not None), now.blocks)
+        move = lambda drawn, point: kernel.move(drawn, point, potential, step)  # noqa: E731
+        points, accepted = jax.vmap(move)(now.random_numbers, points)
+        observed = acceptance = jnp.sum(jnp.exp(state.log_weights) * accepted, 0)
+    else:
+        observed = weighed.conditional_ess
+        acceptance = (observed >= KEPT_BY_A_MOVE).astype(observed.dtype)
+    size = kernel.adapt(step.size, observed, state.num_updates)
+    preconditioner = kernel.preconditioning.adapt(step.preconditioner, points.x, state.log_weights, now.blocks)
+    return state._replace(points=points, step=Step(size, preconditioner)), acceptance
+
+
+def _concluded(
+    now: _Workspace,
+    state: SMCState,
+    weighed: _Weighed,
+    estimate: Estimate,
+    gradient: Array,
+    usable: Array,
+    num_resampled: Array,
+    acceptance: Array,
+) -> SMCState:
+    """The state in which theta has arrived, and what is announced."""
+    refused = (~(weighed.accepted & usable)).astype(jnp.int32)
+    num_lost, theta = state.num_lost, now.unravel(weighed.theta)
+    state = state._replace(
+        theta=theta,
+        params=now.target.constrain_params(now.unravel(now.theta_step.estimate(state.theta_state, weighed.theta))),
+        step_backoff=next_backoff(state.step_backoff, weighed.accepted, usable),
+        num_updates=state.num_updates + 1,
+        num_refused=state.num_refused + refused,
+        num_lost=jnp.zeros_like(num_lost),
+        rng_key=now.next_key,
+    )
+    diagnostics = diagnose(
+        now.parts,
+        state,
+        estimate,
+        gradient,
+        ess=weighed.ess,
+        step_ess=weighed.conditional_ess,
+        acceptance=acceptance,
+        num_nonfinite=weighed.num_nonfinite + num_lost,
+        num_refused=refused,
+        num_resampled=num_resampled,
+    )
+    return state._replace(diagnostics=diagnostics)
+
+
+def adopt(target: Target, state: SMCState, fingerprint: Array) -> SMCState:
+    """The state under new data, by weights; as before, but for its randomness, if they contradict its blocks."""
+    target, blocks = added_up(target, state.blocks)
+    next_key, key_check = split(state.rng_key, 2)
+    points = jax.vmap(evaluator(target, state.theta, state.points.score is not None))(state.points.x)
+    new = reweight(state.log_weights, incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms))
+    wrong = blocks_are_wrong(key_check, target, state.theta, points.x, blocks)
+    free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
+    state = state._replace(rng_key=next_key)
+    adopted = state._replace(
+        points=replace_dead(points, new.log_weights, blocks),
+        log_weights=new.log_weights,
+        log_evidence_change=state.log_evidence_change + jnp.sum(new.log_mean) + free,
+        num_lost=state.num_lost + new.num_nonfinite,
+        fingerprint=fingerprint,
+    )
+    return select(~wrong & ~jnp.any(new.collapsed), adopted, state)._replace(wrong_blocks=wrong)
+
+
+def loss_on(parts: SMCParts, target: Target, state: SMCState) -> Array:
+    """[] the loss in a state under the data of ``target``."""
+    state = adopt(target, state._replace(rng_key=aside(state.rng_key)), state.fingerprint)
+    if parts.objective.is_likelihood:
+        return -log_evidence(state)
+    target, blocks = added_up(target, state.blocks)
+    return estimate_at(parts, target, state.theta, state, blocks, state.rng_key).loss
 
 
 def log_evidence(state: SMCState) -> Array:
@@ -372,30 +473,39 @@ def log_evidence(state: SMCState) -> Array:
     return state.log_evidence_start + state.log_evidence_change
 
 
-def diagnostics_of(
+def diagnose(
+    parts: SMCParts,
     state: SMCState,
-    weighed: Reweighted,
-    kept: Array,
-    acceptance: Array,
+    estimate: Estimate,
     gradient: Array,
-    num_resampled: Array,
-    num_refused: Array,
+    *,
+    ess: Array,
+    step_ess: Array,
+    acceptance: Array,
+    **counts: Array,
 ) -> dict[str, Array]:
-    """What an update announces; ESS as fractions of the particles, over blocks the smallest, the mean, and all [B]."""
-    ess = weighed.ess / state.log_weights.shape[0]
-    return {
+    """The diagnostics of an update; ESS as fractions of the particles, over blocks the smallest, the mean, all [B].
+
+    The gradient [P] of a likelihood is among them where theta is not too large, to see whether theta still moves; of
+    other objectives the loss, and what else they say.
+    """
+    ess = ess / state.log_weights.shape[0]
+    known = jnp.where(jnp.isfinite(gradient), gradient, 0.0)
+    diagnostics = {
         "loss": -log_evidence(state),
         "log_evidence": log_evidence(state),
         "ess": jnp.min(ess),
         "mean_ess": jnp.mean(ess),
-        "step_ess": jnp.min(kept),
+        "step_ess": jnp.min(step_ess),
         "acceptance_rate": jnp.mean(acceptance),
         "mean_step_size": jnp.mean(state.step.size),
-        "grad_norm": jnp.linalg.norm(jnp.where(jnp.isfinite(gradient), gradient, 0.0)),
-        "num_nonfinite": weighed.num_nonfinite,
-        "num_refused": num_refused,
-        "num_resampled": jnp.asarray(num_resampled, jnp.int32),
+        "grad_norm": jnp.linalg.norm(known),
         "block_ess": ess,
-        "block_step_ess": kept,
+        "block_step_ess": step_ess,
         "block_acceptance": acceptance,
+        **counts,
     }
+    if not parts.objective.is_likelihood:
+        masked = jnp.asarray(estimate.num_masked, jnp.int32)
+        return diagnostics | estimate.diagnostics | {"loss": estimate.loss, "num_masked": masked}
+    return diagnostics if gradient.size > budget.LARGEST_INFORMATION else diagnostics | {"gradient": known}

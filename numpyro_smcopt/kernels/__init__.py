@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Markov kernels: moves of one particle. To add one, write a file beside these and see `kernels.base`."""
 
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.kernels.base import InvariantKernel, Kernel, Point, Potential, Step, WeightedKernel, is_kernel
 from numpyro_smcopt.kernels.hamiltonian import HMC
 from numpyro_smcopt.kernels.langevin import MALA, ULA
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
@@ -14,6 +14,7 @@ __all__ = [
     "MALA",
     "ULA",
     "InvariantKernel",
+    "Kernel",
     "MetropolisUnderdamped",
     "Point",
     "Potential",
@@ -24,4 +25,5 @@ __all__ = [
     "Underdamped",
     "VelocityKernel",
     "WeightedKernel",
+    "is_kernel",
 ]

@@ -18,11 +18,12 @@ Where the latents fall into independent blocks, it accepts, rejects and scales b
 
 import abc
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
 from numpyro_smcopt.random_numbers import RandomNumbers
@@ -69,25 +70,59 @@ class Step(NamedTuple):
     preconditioner: Preconditioner
 
 
-class InvariantKernel(abc.ABC):
-    """A kernel that leaves the target invariant (accept-reject).
+class Kernel(abc.ABC):
+    """A Markov kernel; write an `InvariantKernel` or a `WeightedKernel`.
 
     Attributes:
+        invariant: Whether it leaves its target invariant: particles are weighed first and move afterwards.
         step_size: Where the step size starts (or stays).
-        target: Mean acceptance that the step size is adapted to; ``None`` keeps the step size.
+        target: What the step size is adapted to; ``None`` keeps it.
         preconditioning: How the preconditioner is found.
         num_evaluations: Evaluations of the potential per move.
     """
 
+    invariant: bool
     step_size: float
     target: float | None
     preconditioning: Preconditioning
     num_evaluations: int
 
     def num_uniforms(self, num_latents: int, num_blocks: int) -> int:
-        """How many uniform random numbers one move of one particle takes; by default one per block, to accept it."""
+        """Uniform random numbers that one move of one particle takes: by default one per block if it accepts moves."""
         del num_latents
-        return num_blocks
+        return num_blocks if self.invariant else 0
+
+    @abc.abstractmethod
+    def move(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
+        """Move one particle; the new point, and what the kind of kernel says of each block, [B]."""
+
+    @abc.abstractmethod
+    def weigh(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
+        """Where a particle of the old target is weighed under the new one, and its log ratio.
+
+        Args:
+            random_numbers: The randomness of the move.
+            point: The particle, evaluated under the old potential.
+            potential: The new target.
+            step: Step sizes and preconditioner.
+
+        Returns:
+            The point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
+        """
+
+    @abc.abstractmethod
+    def adapt(self, size: Array, observed: Array, num_updates: Array) -> Array:
+        """Step sizes [B] after a move of which ``observed`` [B] was accepted, or is left of the effective particles."""
+
+
+class InvariantKernel(Kernel):
+    """A kernel that leaves the target invariant (accept-reject); ``target`` is the mean acceptance."""
+
+    invariant = True
 
     @abc.abstractmethod
     def move(
@@ -105,27 +140,25 @@ class InvariantKernel(abc.ABC):
             The new point and the acceptance probability of each block, [B].
         """
 
+    def weigh(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
+        """Where the particle stands: it moves afterwards."""
+        del random_numbers
+        return potential.evaluate(point.x), jnp.zeros_like(step.size)
 
-class WeightedKernel(abc.ABC):
+    def adapt(self, size: Array, observed: Array, num_updates: Array) -> Array:
+        """See `adaptation.adapt_size`."""
+        return adapt_size(size, observed, self.target, num_updates)
+
+
+class WeightedKernel(Kernel):
     """A kernel that does not leave the target invariant and says by how much.
 
-    Attributes:
-        step_size: Where the step size starts (or stays).
-        target: Fraction of the effective particles that a move shall keep, to which the step size is adapted; ``None``
-            keeps it.
-        preconditioning: How the preconditioner is found.
-        num_evaluations: Evaluations of the potential per move.
+    ``target`` is the fraction of the effective particles that a move shall keep.
     """
 
-    step_size: float
-    target: float | None
-    preconditioning: Preconditioning
-    num_evaluations: int
-
-    def num_uniforms(self, num_latents: int, num_blocks: int) -> int:
-        """How many uniform random numbers one move of one particle takes; by default none."""
-        del num_latents, num_blocks
-        return 0
+    invariant = False
 
     @abc.abstractmethod
     def move(
@@ -142,6 +175,22 @@ class WeightedKernel(abc.ABC):
         Returns:
             The new point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
         """
+
+    def weigh(
+        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
+    ) -> tuple[Point, Array]:
+        """Where the particle has moved."""
+        return self.move(random_numbers, point, potential, step)
+
+    def adapt(self, size: Array, observed: Array, num_updates: Array) -> Array:
+        """See `adaptation.adapt_unadjusted_size`."""
+        return adapt_unadjusted_size(size, observed, self.target, num_updates)
+
+
+def is_kernel(value: Any) -> bool:
+    """Whether particles with an energy can be moved by ``value``, a kernel from here or one that offers the same."""
+    needed = "move", "weigh", "adapt", "num_uniforms"
+    return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in needed)
 
 
 def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Point, Array]:

@@ -14,7 +14,7 @@ from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import Point
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.resampling import ResamplingScheme, systematic
-from numpyro_smcopt.types import Array, Theta
+from numpyro_smcopt.types import Array, FlatTermsFn, Theta
 from numpyro_smcopt.weights import uniform_log_weights
 
 GUARDS = 4  # particles at which new data are checked for new dependences
@@ -39,19 +39,34 @@ def added_up(target: Target, blocks: Blocks) -> tuple[Target, Blocks]:
 def evaluator(target: Target, theta: Theta, scores: bool = False) -> Callable[[Array], Point]:
     """``x [D] -> Point``: one evaluation of energy terms, their gradient in x, and with ``scores`` the one in theta."""
     terms_fn, flat, _ = flat_terms(target, theta)
+    return evaluator_at(terms_fn, flat, scores)
+
+
+def evaluator_at(terms_fn: FlatTermsFn, theta: Array, scores: bool = False) -> Callable[[Array], Point]:
+    """`evaluator`, of ``terms_fn`` at a flat ``theta [P]``."""
 
     def evaluate(x: Array) -> Point:
         if scores:
-            terms, vjp = jax.vjp(terms_fn, flat, x)
+            terms, vjp = jax.vjp(terms_fn, theta, x)
             score, grad = vjp(jnp.ones_like(terms))
             return Point(x, terms, grad, score)
-        terms, vjp = jax.vjp(lambda x: terms_fn(flat, x), x)
+        terms, vjp = jax.vjp(lambda x: terms_fn(theta, x), x)
         return Point(x, terms, vjp(jnp.ones_like(terms))[0])
 
     return evaluate
 
 
-def revived(points: Point, log_weights: Array, blocks: Blocks) -> Point:
+def evaluate_together(terms_fn: FlatTermsFn, theta: Array, x: Array) -> tuple[Point, Callable]:
+    """The points [N, ...] of a cloud ``x [N, D]``, and the way back from cotangents [N, K] of their terms to theta.
+
+    One forward pass serves the weights and both gradients.
+    """
+    all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731
+    terms, vjp = jax.vjp(all_terms, theta, x)
+    return Point(x, terms, vjp(jnp.ones_like(terms))[1]), lambda cotangents: vjp(cotangents)[0]
+
+
+def replace_dead(points: Point, log_weights: Array, blocks: Blocks) -> Point:
     """Particles [N, ...] of which those without weight stand at the heaviest one of their block.
 
     Their own places may have no finite energy or gradient, and zero times NaN is NaN. Without weight they stay.

@@ -3,7 +3,6 @@
 """From a cloud and what an objective says of it to a gradient, and to what else a theta step may ask."""
 
 from collections.abc import Callable
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +16,32 @@ from numpyro_smcopt.objectives import Estimate, Objective, term_coefficients
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.theta_step import StepContext, ThetaStep
-from numpyro_smcopt.types import Array, Theta
+from numpyro_smcopt.types import Array, FlatTermsFn, Theta
 from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, weighted_variance
 
-Gradient: TypeAlias = Callable[[Point, Estimate], Array]
-"""Particles [N, ...] and what the objective says of them, to the gradient [P]."""
 
+def surrogate_gradient(
+    terms_fn: FlatTermsFn, theta: Array, unravel: Callable, points: Point, estimate: Estimate, blocks: Blocks
+) -> Array:
+    """[P] one backward pass through the surrogate at ``theta``; none where the scores of the particles are known.
 
-def surrogate_gradient(target: Target, blocks: Blocks, theta: Theta) -> Gradient:
-    """One backward pass through the surrogate at ``theta``; none where the scores of the particles are known."""
-    terms_fn, flat, unravel = flat_terms(target, theta)
+    Args:
+        terms_fn: Energy terms.
+        theta: [P] flat parameters.
+        unravel: The way back to their tree.
+        points: [N, ...] particles.
+        estimate: What the objective says of them.
+        blocks: The partition.
+    """
+    coefficients = term_coefficients(estimate, blocks)
+    if points.score is not None:
+        return coefficients[:, 0] @ points.score + gradient_of_rest(estimate, unravel(theta))
 
-    def gradient(points: Point, estimate: Estimate) -> Array:
-        coefficients = term_coefficients(estimate, blocks)
-        if points.score is not None:
-            return coefficients[:, 0] @ points.score + gradient_of_rest(estimate, theta)
+    def surrogate(t: Array) -> Array:
+        energy = jnp.sum(coefficients * jax.vmap(lambda x: terms_fn(t, x))(points.x))
+        return energy if estimate.rest is None else energy + estimate.rest(unravel(t))
 
-        def surrogate(t: Array) -> Array:
-            energy = jnp.sum(coefficients * jax.vmap(lambda x: terms_fn(t, x))(points.x))
-            return energy if estimate.rest is None else energy + estimate.rest(unravel(t))
-
-        return jax.grad(surrogate)(flat)
-
-    return gradient
+    return jax.grad(surrogate)(theta)
 
 
 def gradient_of_rest(estimate: Estimate, theta: Theta) -> Array | float:

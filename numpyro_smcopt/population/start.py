@@ -19,7 +19,7 @@ from jax import random
 from numpyro_smcopt import faults, laplace
 from numpyro_smcopt.block_search import probe_rows
 from numpyro_smcopt.blocks import Blocks, Partition, add_up
-from numpyro_smcopt.kernels import InvariantKernel, Preconditioner, Step, WeightedKernel
+from numpyro_smcopt.kernels import Kernel, Preconditioner, Step
 from numpyro_smcopt.objectives import Objective
 from numpyro_smcopt.population import tempering
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION, num_for_information
@@ -209,7 +209,7 @@ def first_cloud(
     theta: Theta,
     blocks: Blocks,
     mode: Array,
-    kernel: InvariantKernel,
+    kernel: Kernel,
     num_particles: int,
     *,
     init_strategy: Callable | None = None,
@@ -244,7 +244,7 @@ def first_cloud(
     )
 
 
-def first_step(kernel: InvariantKernel | WeightedKernel, found: Step, used: InvariantKernel) -> Step:
+def first_step(kernel: Kernel, found: Step, used: Kernel) -> Step:
     """Where the step of ``kernel`` starts; the first cloud was moved by ``used``, whose step ended as ``found``."""
     preconditioner = found.preconditioner
     if kernel.preconditioning.forgetting == 0.0 and not kernel.preconditioning.dense:

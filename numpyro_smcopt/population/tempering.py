@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.kernels.base import InvariantKernel, Point, Potential, Step
+from numpyro_smcopt.kernels.base import Kernel, Point, Potential, Step
 from numpyro_smcopt.kernels.preconditioners import Curvature, Preconditioner
 from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.resampling import systematic
@@ -60,7 +60,7 @@ def temper(
     x: Array,
     prior_mask: Array,
     blocks: Blocks,
-    kernel: InvariantKernel,
+    kernel: Kernel,
     step: Step,
     curvature: Curvature | None,
     beta: Array,

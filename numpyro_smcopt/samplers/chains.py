@@ -261,7 +261,8 @@ class Chains(Sampler):
         log_evidence = particles.log_evidence_start + change
         cloud = Cloud(*particles.points[:3], particles.log_weights, blocks, log_evidence, change)
         estimate = objective.estimate(Scene(target, theta, target.attached, rng_key), cloud)
-        gradient = surrogate_gradient(target, blocks, theta)(particles.points, estimate)
+        terms_fn, flat, unravel = flat_terms(target, theta)
+        gradient = surrogate_gradient(terms_fn, flat, unravel, particles.points, estimate, blocks)
         curvature = jnp.asarray(estimate.curvature, gradient.dtype)
         masked = jnp.asarray(estimate.num_masked, jnp.int32)
         return Assessed(gradient, estimate.loss, curvature, estimate.diagnostics, masked)
