@@ -24,7 +24,7 @@ from jax import random
 from scipy.optimize import differential_evolution
 
 from numpyro_smcopt import MomentumParticleMLE
-from numpyro_smcopt.kernels.underdamped import exponential, uncorrected
+from numpyro_smcopt.kernels.integrators import exponential, uncorrected
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

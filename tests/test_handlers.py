@@ -21,7 +21,7 @@ from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer,
 from numpyro_smcopt.adaptation import EssRule, FirstOrderLimit, RobbinsMonro
 from numpyro_smcopt.handlers import adapt, adapt_learning_rate, adapt_step_size, anneal, control, limit_theta_step
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
-from numpyro_smcopt.kernels.underdamped import exponential, pace
+from numpyro_smcopt.kernels.integrators import exponential
 
 Y = np.array([1.0, 2.0, 4.5], np.float32)
 
@@ -114,7 +114,7 @@ def as_from(**values):
             block = getattr(chosen, part)
             step_size = jnp.full_like(block.pace.step_size, values.get(f"{prefix}step_size", block.pace.step_size))
             momentum = jnp.full_like(block.pace.momentum, values.get(f"{prefix}momentum", block.pace.momentum))
-            chosen = chosen._replace(**{part: block._replace(pace=pace(exponential, step_size, -jnp.log(momentum)))})
+            chosen = chosen._replace(**{part: block._replace(pace=exponential(step_size, -jnp.log(momentum)))})
         expected, _ = subject.optimizer.update(chosen, Y)
         assert not equal(expected, subject.plain, 1e-2)
         return equal(new, expected, 1e-4)

@@ -4,7 +4,7 @@
 
 from numpyro_smcopt.theta_step.base import StepContext, ThetaStep
 from numpyro_smcopt.theta_step.fisher_step import FisherState, FisherStep
-from numpyro_smcopt.theta_step.natural_step import NaturalState, NaturalStep, inverse_metric
+from numpyro_smcopt.theta_step.natural_step import NaturalState, NaturalStep, inverse_metric, running_mean
 from numpyro_smcopt.theta_step.optimizers import GradientFlow, OptimizerStep, as_theta_step
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "ThetaStep",
     "as_theta_step",
     "inverse_metric",
+    "running_mean",
 ]

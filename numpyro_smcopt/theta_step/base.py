@@ -34,6 +34,7 @@ class StepContext(NamedTuple):
         fisher: () -> Fisher information of ``pi_theta``.
         curvature: [] of the loss, relative to ``fisher``: a guess from above.
         spread: ``step [P] -> []``, the variance over the particles of the change of energy that a step makes.
+        along: ``v [P] -> ([], [])``, complete and missing information along a direction.
         conditional_ess: ``step [P] -> []``, the fraction of effective particles that a step leaves; not to first order.
         elapsed: [] how long the particles moved since the last step, in units of their own time.
         reach: [] share of the length that ``target_ess`` allows which a step may have; less than one where particles
@@ -47,6 +48,7 @@ class StepContext(NamedTuple):
     fisher: Callable[[], Fisher] = _unknown
     curvature: Array | float = 1.0
     spread: Callable[[Array], Array] = _unknown
+    along: Callable[[Array], tuple[Array, Array]] = _unknown
     conditional_ess: Callable[[Array], Array] = _unknown
     elapsed: Array | float = 0.0
     reach: Array | float = 1.0

@@ -111,21 +111,30 @@ class NaturalStep:
         return state.average
 
     def _refresh(self, state: NaturalState, around: StepContext) -> tuple[Information, Array]:
-        renewals = state.num_updates // self.refresh_every
-        weight = jnp.maximum(1.0 / (renewals + 1), self.forgetting)
-
         def renew(_: None) -> tuple[Information, Array]:
-            new = around.information()
-            usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
-            mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
-            information = jax.tree.map(mix, state.information, new)
-            metric = inverse_metric(information, self.floor)
+            renewals = state.num_updates // self.refresh_every
+            information, usable = running_mean(state.information, around.information(), renewals, self.forgetting)
             # Without any usable information theta stays where it is.
-            return information, jnp.where(usable, metric, state.metric)
+            return information, jnp.where(usable, inverse_metric(information, self.floor), state.metric)
 
         return lax.cond(
             state.num_updates % self.refresh_every == 0, renew, lambda _: (state.information, state.metric), None
         )
+
+
+def running_mean(old: Information, new: Information, renewals: Array, forgetting: float) -> tuple[Information, Array]:
+    """The running mean of information with one more, and whether that was finite ([] bool): else it is the old mean.
+
+    Args:
+        old: The mean so far.
+        new: The newest.
+        renewals: [] how many the mean is of.
+        forgetting: Smallest weight of the newest.
+    """
+    usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
+    weight = jnp.maximum(1.0 / (renewals + 1), forgetting)
+    mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
+    return jax.tree.map(mix, old, new), usable
 
 
 def inverse_metric(information: Information, floor: float) -> Array:

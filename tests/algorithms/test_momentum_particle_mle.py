@@ -22,7 +22,7 @@ from numpyro.distributions import constraints
 
 from numpyro_smcopt import Damping, MomentumParticleMLE, Status, find_blocks, kernels, objectives, one_block
 from numpyro_smcopt.kernels import preconditioners
-from numpyro_smcopt.kernels.underdamped import exponential, nesterov, stability_limit, uncorrected
+from numpyro_smcopt.kernels.integrators import exponential, nesterov, stability_limit, uncorrected
 from numpyro_smcopt.potential import make_target
 
 STANDARD_ERRORS = 4.0

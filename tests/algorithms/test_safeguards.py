@@ -19,7 +19,7 @@ from jax import random
 
 from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
-from numpyro_smcopt.kernels.underdamped import exponential
+from numpyro_smcopt.kernels.integrators import exponential
 from numpyro_smcopt.population.safeguards import RECOVERY, SHORTER, SHORTEST, SLOWER, next_backoff
 
 Y = (3 + 1.2 * np.random.default_rng(0).normal(size=8)).astype(np.float32)

@@ -16,16 +16,15 @@ from jax import random
 from scipy.special import digamma, polygamma
 
 from numpyro_smcopt.kernels import MetropolisUnderdamped, Underdamped
-from numpyro_smcopt.kernels.underdamped import (
+from numpyro_smcopt.kernels.integrators import (
     Integrator,
     controlled,
     exponential,
-    leapfrog_step,
     nesterov,
-    pace,
     stability_limit,
     uncorrected,
 )
+from numpyro_smcopt.kernels.underdamped import leapfrog_step
 
 STANDARD_ERRORS = 4.0
 GRID = np.geomspace(1e-6, 50, 60)
@@ -102,12 +101,11 @@ def test_only_step_size_and_momentum_matter():
 
 
 def test_controls_recompute_only_what_changed():
-    old = jax.tree.map(jnp.float32, pace(exponential, 0.1, 1e-6))
+    old = jax.tree.map(jnp.float32, exponential(0.1, 1e-6))
     same = controlled(exponential, old, old.step_size, old.momentum)
-    np.testing.assert_array_equal(same.integrator, old.integrator)  # and not those of the rounded momentum
+    np.testing.assert_array_equal(same, old)  # and not those of the rounded momentum
     other = controlled(exponential, old, jnp.float32(0.2), jnp.float32(0.5))
-    np.testing.assert_allclose(other.integrator, exponential(0.2, np.log(2)), rtol=1e-6)
-    np.testing.assert_allclose(other.damping, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(other, exponential(0.2, np.log(2)), rtol=1e-6)
 
 
 # -- stability -----------------------------------------------------------------------------------------------------
@@ -168,9 +166,7 @@ def run(kernel, terms_fn, num_latents, start, step_size, z, num_moves, keep, met
     """The last ``keep`` of many moves, [keep, N, D], and the mean acceptance."""
     blocks = partition(terms_fn, num_latents, joint)
     potential, metric = potential_of(terms_fn, blocks), metric or identity(num_latents)
-    going = jax.tree.map(
-        lambda v: jnp.full(blocks.num_blocks, v, jnp.result_type(float)), pace(exponential, step_size, z)
-    )
+    going = jax.tree.map(lambda v: jnp.full(blocks.num_blocks, v, jnp.result_type(float)), exponential(step_size, z))
     num_normals = kernel.num_normals(num_latents, blocks.num_blocks)
 
     @jax.jit
@@ -233,7 +229,7 @@ def test_without_momentum_accept_reject_is_mala():
     with jax.enable_x64(True):
         blocks = partition(gamma_terms, 2, True)
         potential, h = potential_of(gamma_terms, blocks), 0.4
-        going = jax.tree.map(lambda v: jnp.full(1, v), pace(exponential, h, np.inf))
+        going = jax.tree.map(lambda v: jnp.full(1, v), exponential(h, np.inf))
         normals, x = random.normal(random.key(0), (3,)), jnp.array([0.1, 0.6])
         moved = MetropolisUnderdamped().move(normals, x, jnp.zeros(2), potential, identity(2), going)
 
@@ -252,7 +248,7 @@ def test_blocks_go_at_their_own_pace():
     terms = lambda x: jnp.array([1.0, 3.0]) * x**2 / 2  # noqa: E731
     blocks = partition(terms, 2)
     assert blocks.num_blocks == 2
-    going = jax.tree.map(jnp.asarray, pace(exponential, np.array([0.1, 0.4]), np.array([0.3, 2.0])))
+    going = jax.tree.map(jnp.asarray, exponential(np.array([0.1, 0.4]), np.array([0.3, 2.0])))
     x, velocity, normals = jnp.array([0.5, -1.0]), jnp.array([0.2, 0.3]), jnp.arange(4.0)
     moved = Underdamped().move(normals, x, velocity, potential_of(terms, blocks), identity(2), going)
     for k, curvature in enumerate((1.0, 3.0)):

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MomentumParticleMLE`: particle gradient descent with momentum in the parameters and in the particles.
 
-The update, with its equations, is in `momentum_update`. This file chooses what is not given: the particles to start
-from, the metric and the pace of theta and of the particles. It says in words how a run went, too.
+The update, with its equations, is in `momentum.update`. This file chooses what is not given: the particles to start
+from, the metric and the pace of theta and of the particles; and it tells how a run went.
 
 Source: Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024, arXiv 2312.07335.
 """
@@ -22,7 +22,6 @@ from jax import random
 
 from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm
-from numpyro_smcopt.algorithms.momentum import update
 from numpyro_smcopt.algorithms.momentum.particles import LatentStep, forgotten
 from numpyro_smcopt.algorithms.momentum.settings import (
     check_moves,
@@ -31,24 +30,13 @@ from numpyro_smcopt.algorithms.momentum.settings import (
     two_numbers,
     unstable_argument,
 )
-from numpyro_smcopt.algorithms.momentum.theta import (
-    InformationMetric,
-    MomentumStep,
-    Number,
-    TransformMetric,
-)
-from numpyro_smcopt.algorithms.momentum.update import MomentumState, Moves
+from numpyro_smcopt.algorithms.momentum.theta import InformationMetric, Metric, MomentumStep, Number, TransformMetric
+from numpyro_smcopt.algorithms.momentum.update import MomentumState, MomentumUpdate, keys_of
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
 from numpyro_smcopt.kernels import HMC, Point, Preconditioner, Preconditioning, preconditioners
-from numpyro_smcopt.kernels.underdamped import (
-    IntegratorFn,
-    Underdamped,
-    VelocityKernel,
-    exponential,
-    nesterov,
-    uncorrected,
-)
+from numpyro_smcopt.kernels.integrators import IntegratorFn, exponential, nesterov, uncorrected
+from numpyro_smcopt.kernels.underdamped import Underdamped, VelocityKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.population import budget, tempering
 from numpyro_smcopt.population.evaluate import blocks_are_wrong, evaluator
@@ -76,7 +64,7 @@ DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of 
 
 
 class Damping(enum.Enum):
-    """How the motion of theta is damped."""
+    """The damping of the motion of theta."""
 
     UNDER = "under-damped"
     CRITICAL = "near critical damping"
@@ -109,7 +97,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         latent_gamma: Friction of the particles.
         latent_eta: Inverse mass of the particles.
         latent_time_step: ``dt`` of the particles.
-        scheme: How theta is integrated: `kernels.underdamped.exponential` (as published), `uncorrected` (the gradient
+        scheme: How theta is integrated: `kernels.integrators.exponential` (as published), `uncorrected` (the gradient
             is taken where theta is) or `nesterov`.
         simultaneous: Whether particles move under the old theta instead of the new one.
         theta_noise: Whether theta is driven by noise as well (kinetic interacting particle Langevin): its iterates are
@@ -187,9 +175,16 @@ class MomentumParticleMLE(ParticleAlgorithm):
         num_particles = whole_or_none("num_particles", num_particles)
         check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
         check_moves(preconditioning, kernel, averaging, bias_tolerance)
-        self.step_size, self.damping = two_numbers("", step_size, momentum, gamma, eta, time_step)
+        self.step_size, self.damping = two_numbers(
+            "", step_size=step_size, momentum=momentum, gamma=gamma, eta=eta, time_step=time_step
+        )
         self.latent_step_size, self.latent_damping = two_numbers(
-            "latent_", latent_step_size, latent_momentum, latent_gamma, latent_eta, latent_time_step
+            "latent_",
+            step_size=latent_step_size,
+            momentum=latent_momentum,
+            gamma=latent_gamma,
+            eta=latent_eta,
+            time_step=latent_time_step,
         )
         self._time_steps = {"": time_step, "latent_": latent_time_step}  # where they were given, to speak of them
         if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
@@ -199,33 +194,24 @@ class MomentumParticleMLE(ParticleAlgorithm):
             )
         if preconditioner is not None:
             check_preconditioner(preconditioner)
-        self.scheme = scheme
-        self.simultaneous = simultaneous
-        self.theta_noise = theta_noise
-        self.preconditioner = preconditioner
-        self.restart = restart
-        self.averaging = averaging
+        self.scheme, self.preconditioner, self.restart, self.averaging = scheme, preconditioner, restart, averaging
+        self.simultaneous, self.theta_noise = simultaneous, theta_noise
         self.objective = None if objective is None else as_objective(objective)
-        self.num_particles = num_particles
-        self.init_strategy = init_strategy
+        self.num_particles, self.init_strategy = num_particles, init_strategy
         self.partition = one_block if self.objective is not None and self.objective.whole_particles else partition
         if preconditioning is None:
             given = self.latent_step_size is not None
             preconditioning = preconditioners.none if given else preconditioners.dense
-        self.bias_tolerance = bias_tolerance
+        self.bias_tolerance, kernel = bias_tolerance, kernel or Underdamped()
         self._latents = LatentStep(
-            kernel or Underdamped(),
-            self.latent_step_size,
-            self.latent_damping,
-            preconditioning,
-            bias_tolerance or BIAS_TOLERANCE,
+            kernel, self.latent_step_size, self.latent_damping, preconditioning, bias_tolerance or BIAS_TOLERANCE
         )
 
     _state_type = MomentumState
 
     # -- start --------------------------------------------------------------------------------------------------------
     def _begin(self, rng_key: Array, start: Start) -> MomentumState:
-        key_blocks, key_cloud, key_state = random.split(rng_key, 3)
+        key_blocks, key_first = random.split(rng_key)
         theta, target = start.theta, start.target
         mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
         self._objective(theta).check(target, theta)
@@ -235,7 +221,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             theta, mode = warm
         num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
         first = ("first", num_particles), self._first_state(num_particles)
-        state, terms, num_unfinished, num_stages = start.call(*first, key_cloud, theta, blocks, mode, key_state)
+        state, terms, num_unfinished, num_stages = start.call(*first, key_first, theta, blocks, mode)
         refuse_hopeless(start, terms)
         refuse_loss(start, self._objective(theta), state.diagnostics["loss"])
         warn_of_unfinished(start, blocks, num_unfinished, num_stages)
@@ -255,14 +241,13 @@ class MomentumParticleMLE(ParticleAlgorithm):
         """A program: the first state at ``theta``, energy terms, blocks not at their posterior, stages of tempering."""
 
         def first(
-            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array, key_state: Array
+            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[MomentumState, Array, Array, Array]:
-            key_cloud, key_velocity = random.split(rng_key)
-            points, metric, num_unfinished, num_stages = self._first_particles(
-                key_cloud, target, theta, blocks, mode, num_particles
-            )
-            moves = self._moves(target, theta, num_particles, blocks.num_blocks)
-            state = update.init(moves, target, theta, points, metric, blocks, key_velocity, key_state)
+            key_cloud, key_state = random.split(rng_key)
+            found = self._first_particles(key_cloud, target, theta, blocks, mode, num_particles)
+            points, metric, num_unfinished, num_stages = found
+            update = self._update(target, theta, num_particles, blocks.num_blocks)
+            state = update.first(target, key_state, theta, points, metric, blocks)
             return state, points.terms, num_unfinished, num_stages
 
         return first
@@ -273,10 +258,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         """Particles, their metric, blocks that are not at their posterior, and stages of tempering."""
         if self.latent_step_size is None:
             # At the posterior from the first update on, with a metric that is known to fit.
-            kernel = HMC(preconditioning=self._latents.preconditioning)
-            cloud = first_cloud(
-                rng_key, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
-            )
+            where = target, theta, blocks, mode, HMC(preconditioning=self._latents.preconditioning)
+            cloud = first_cloud(rng_key, *where, num_particles, init_strategy=self.init_strategy)
             metric = cloud.step.preconditioner
             if self._latents.preconditioning == preconditioners.none:
                 metric = tempering.identity_like(mode, None)
@@ -306,23 +289,15 @@ class MomentumParticleMLE(ParticleAlgorithm):
     def _attached(self) -> Any:
         return () if self.objective is None else self.objective.arrays
 
-    def _moves(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> Moves:
-        """How updates are made; of theta only the shapes count."""
-        step = self._theta_step(target, theta, num_particles, num_blocks)
-        latents = self._latents
+    def _update(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> MomentumUpdate:
+        """The update; of theta only the shapes count."""
+        step_size, damping, latents = self.step_size, self.damping, self._latents
         if self.bias_tolerance is None and not _information_is_affordable(theta):
             latents = dataclasses.replace(latents, tolerance=BIAS_TOLERANCE_OF_LARGE_THETA)
-        return Moves(self._objective(theta), step, latents, self.simultaneous, self.theta_noise)
-
-    def _moves_of(self, target: Target, state: MomentumState) -> Moves:
-        return self._moves(target, state.theta, *state.log_weights.shape)
-
-    def _theta_step(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> MomentumStep:
-        step_size, damping = self.step_size, self.damping
         if self._knows_units(theta):
             num_params = sum(leaf.size for leaf in jax.tree.leaves(theta))
             interval = budget.refresh_interval(num_particles, num_blocks, num_params, target.work(theta), 1)
-            metric: Any = InformationMetric(interval)
+            metric: Metric = InformationMetric(interval)
         else:
             transformation = self.preconditioner
             if transformation is None:
@@ -331,7 +306,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
             metric = TransformMetric(transformation)
             step_size = DEFAULT_LEARNING_RATE if step_size is None else step_size
             damping = -math.log(DEFAULT_MOMENTUM) if damping is None else damping
-        return MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
+        step = MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
+        return MomentumUpdate(self._objective(theta), step, latents, self.simultaneous, self.theta_noise)
+
+    def _update_of(self, target: Target, state: MomentumState) -> MomentumUpdate:
+        return self._update(target, state.theta, *state.log_weights.shape)
 
     # -- update -------------------------------------------------------------------------------------------------------
     def _controls(self, state: MomentumState) -> dict[str, Array]:
@@ -344,7 +323,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         }
 
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
-        return update.update(self._moves_of(target, state), target, state, controls)
+        return self._update_of(target, state).step(target, state, controls)
 
     # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
@@ -354,7 +333,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
                 f"The state has {have} latents, but with these arguments the model has {need}. Data of another shape "
                 "need a new init."
             )
-        wrong = blocks_are_wrong(random.fold_in(state.rng_key, 1), target, state.theta, state.points.x, state.blocks)
+        wrong = blocks_are_wrong(keys_of(state)[4], target, state.theta, state.points.x, state.blocks)
         fingerprint = jnp.where(wrong, state.fingerprint, fingerprint)
         cloud = forgotten(state.cloud, state.fingerprint != fingerprint)
         return state._replace(fingerprint=fingerprint, wrong_blocks=wrong, cloud=cloud)
@@ -373,7 +352,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: MomentumState) -> Array:
-            return update.loss(self._moves_of(target, state), target, state)
+            return self._update_of(target, state).loss(target, state)
 
         return self._program("evaluate", loss)(static, arrays, state)
 
@@ -392,7 +371,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return super().get_weighted_samples(state, *args, **kwargs)
 
     def damping_regime(self, diagnostics: dict[str, Array]) -> Damping:
-        """How the motion of theta was damped in the last half of a run.
+        """The damping of the motion of theta in the last half of a run.
 
         The damping ratio along the velocity, ``gamma eta / (2 sqrt(eta c))`` with c the curvature of the loss there, is
         one where it is critical; within a factor of sqrt(2) it is called near.

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How particles move with momentum: velocities, a metric, a pace, and what it costs in bias.
+"""Motion of the particles with momentum: velocities, a metric, a pace, and its cost in bias.
 
 Unadjusted moves of step size h inflate the variance along a direction of curvature c to ``(1/c) / (1 - c h / 2)``,
 with or without momentum. The largest curvature of a block is the largest eigenvalue of ``S = Cov(s)``, s being the
@@ -31,20 +31,13 @@ import numpy as np
 from jax import lax
 
 from numpyro_smcopt.adaptation import adapt_size
-from numpyro_smcopt.algorithms.momentum.theta import Number
+from numpyro_smcopt.algorithms.momentum.theta import Number, at_update
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels.base import Point, Potential
+from numpyro_smcopt.kernels.integrators import Integrator, exponential, stability_limit, uncorrected
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
-from numpyro_smcopt.kernels.underdamped import (
-    MetropolisUnderdamped,
-    Moved,
-    Pace,
-    VelocityKernel,
-    exponential,
-    pace,
-    stability_limit,
-    uncorrected,
-)
+from numpyro_smcopt.kernels.underdamped import Moved, VelocityKernel
+from numpyro_smcopt.random_numbers import draw_normals
 from numpyro_smcopt.types import Array
 
 FORGETTING = 0.02  # smallest weight of the newest cloud in the power iteration
@@ -87,7 +80,7 @@ class CloudState(NamedTuple):
     """
 
     velocity: Array
-    pace: Pace
+    pace: Integrator
     metric: Preconditioner
     direction: Array
     moment: Array
@@ -116,7 +109,7 @@ class LatentStep:
     @property
     def adjusted(self) -> bool:
         """Whether moves are accepted or rejected, so that there is no bias."""
-        return isinstance(self.kernel, MetropolisUnderdamped)
+        return self.kernel.target is not None
 
     @property
     def chooses(self) -> bool:
@@ -132,42 +125,36 @@ class LatentStep:
             points: The first particles [N, ...], with their gradients; where step sizes are chosen, at the posterior.
             blocks: The partition.
         """
+        num_updates, ones = jnp.zeros((), jnp.int32), jnp.ones(blocks.num_blocks, velocity.dtype)
         some = np.random.default_rng(0).standard_normal(velocity.shape[1])  # special in no way
         direction, _ = _normalised(jnp.asarray(some, velocity.dtype), blocks)
-        ones = jnp.ones(blocks.num_blocks, velocity.dtype)
-        moment, secants = ones, None
-        size = (FIRST_ADJUSTED_STEP if self.adjusted else FIRST_STEP) * ones
-        if self.chooses:
-            slope = jax.vmap(lambda grad: metric.apply_transpose(grad, blocks))(points.grad)
-            slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
-            centred = _centred(slope)
-            direction, moment = lax.fori_loop(
-                0,
-                FIRST_ITERATIONS,
-                lambda _, found: _normalised(_image(centred, found[0], blocks), blocks),
-                (direction, ones),
-            )
-            secants = Secants(_unfactored(points.x, metric, blocks), slope / metric.scale, 0 * ones, 0 * ones)
-            size = jnp.minimum(self._unbiased_size(moment, 0 * size), size)  # that cloud has no bias
-        going = self._pace(jnp.zeros((), jnp.int32), size)
-        return CloudState(velocity, going, metric, direction, moment, ones, secants)
+        if not self.chooses:
+            size = ones * (FIRST_ADJUSTED_STEP if self.adjusted else FIRST_STEP)
+            return CloudState(velocity, self._pace(num_updates, size), metric, direction, ones, ones, None)
+        slope = jax.vmap(lambda grad: metric.apply_transpose(grad, blocks))(points.grad)
+        slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
+        centred = _centred(slope)
+        iterate = lambda _, found: _normalised(_image(centred, found[0], blocks), blocks)  # noqa: E731
+        direction, moment = lax.fori_loop(0, FIRST_ITERATIONS, iterate, (direction, ones))
+        secants = Secants(_unfactored(points.x, metric, blocks), slope / metric.scale, 0 * ones, 0 * ones)
+        size = jnp.minimum(self._unbiased_size(moment, 0 * ones), FIRST_STEP)  # that cloud has no bias
+        return CloudState(velocity, self._pace(num_updates, size), metric, direction, moment, ones, secants)
 
-    def move(self, normals: Array, x: Array, state: CloudState, going: Pace, potential: Potential) -> Moved:
+    def move(self, rng_key: Array, x: Array, state: CloudState, pace: Integrator, potential: Potential) -> Moved:
         """One move of every particle [N, D]; see `VelocityKernel.move`."""
-
-        def one(normals: Array, x: Array, velocity: Array) -> Moved:
-            return self.kernel.move(normals, x, velocity, potential, state.metric, going)
-
+        num_normals = self.kernel.num_normals(x.shape[1], potential.blocks.num_blocks)
+        normals = draw_normals(rng_key, (len(x), num_normals), x.dtype)
+        one = lambda n, x, v: self.kernel.move(n, x, v, potential, state.metric, pace)  # noqa: E731
         return jax.vmap(one)(normals, x, state.velocity)
 
     def update(
-        self, state: CloudState, going: Pace, before: Array, moved: Moved, blocks: Blocks, num_updates: Array
+        self, state: CloudState, pace: Integrator, before: Array, moved: Moved, blocks: Blocks, num_updates: Array
     ) -> tuple[CloudState, Array]:
         """The next state, and where the particles [N, D] stand: moves that proved unstable are taken back.
 
         Args:
             state: The present state.
-            going: The pace of the move.
+            pace: That of the move.
             before: [N, D] where the particles stood.
             moved: The move.
             blocks: The partition.
@@ -180,27 +167,26 @@ class LatentStep:
         if state.secants is not None:
             secants = _followed(state.secants, place, moved.slope / scale, scale, blocks)
             # Not those of a step size that a handler put there.
-            unstable = (_stability(secants, going) > 1) & (going.step_size == state.pace.step_size)
+            unstable = (_stability(secants, pace) > 1) & (pace.step_size == state.pace.step_size)
             unstable = blocks.to_coordinates(unstable)
             x, velocity = jnp.where(unstable, before, moved.x), jnp.where(unstable, state.velocity, moved.velocity)
             moved = moved._replace(x=x, velocity=velocity)
 
         # Pace
         if self.adjusted:
-            acceptance, target = jnp.mean(moved.acceptance, 0), self.kernel.target  # type: ignore[attr-defined]
-            size = adapt_size(going.step_size, acceptance, target, num_updates)
+            size = adapt_size(pace.step_size, jnp.mean(moved.acceptance, 0), self.kernel.target, num_updates)
         else:
-            size = self._unbiased_size(moment, going.step_size)
+            size = self._unbiased_size(moment, pace.step_size)
             if secants is not None:
-                stability = _stability(secants, going)
-                stable = going.step_size / (MARGIN * jnp.where(stability > 0, stability, 1.0))
+                stability = _stability(secants, pace)
+                stable = pace.step_size / (MARGIN * jnp.where(stability > 0, stability, 1.0))
                 size = jnp.where(stability > 0, jnp.minimum(size, stable), size)
 
         # Metric
         log_weights = jnp.full((len(before), blocks.num_blocks), -np.log(len(before)), before.dtype)
         metric = self.preconditioning.adapt(state.metric, moved.x, log_weights, blocks)
-        going = self._pace(num_updates + 1, size)
-        return CloudState(moved.velocity, going, metric, direction, moment, curvature, secants), moved.x
+        following = self._pace(num_updates + 1, size)
+        return CloudState(moved.velocity, following, metric, direction, moment, curvature, secants), moved.x
 
     def _unbiased_size(self, moment: Array, step_size: Array) -> Array:
         """[B] step sizes that cause the tolerated bias, from the second moments that ``step_size`` led to."""
@@ -226,26 +212,25 @@ class LatentStep:
         direction = jnp.where(blocks.to_coordinates(sound), direction, state.direction)
         return direction, keep(moment, state.moment), keep(curvature, state.curvature)
 
-    def _pace(self, num_updates: Array, size: Array) -> Pace:
+    def _pace(self, num_updates: Array, size: Array) -> Integrator:
         """The pace of the update after ``num_updates``; ``size [B]`` is what was found, if none is given."""
-        given = self.step_size(num_updates) if callable(self.step_size) else self.step_size
-        damping = self.damping(num_updates) if callable(self.damping) else self.damping
+        given, damping = at_update(self.step_size, num_updates), at_update(self.damping, num_updates)
         step_size = size if given is None else given
         if damping is None:
             damping = ADJUSTED_DAMPING if self.adjusted else 4 * step_size
-        going = pace(exponential, step_size, damping)
-        return jax.tree.map(lambda value: jnp.broadcast_to(jnp.asarray(value, size.dtype), size.shape), going)
+        full = lambda value: jnp.broadcast_to(jnp.asarray(value, size.dtype), size.shape)  # noqa: E731
+        return jax.tree.map(full, exponential(step_size, damping))
 
-    def diagnose(self, state: CloudState, going: Pace) -> dict[str, Array]:
+    def diagnose(self, state: CloudState, pace: Integrator) -> dict[str, Array]:
         """Bias of the latent variance, and the step size as a fraction of the largest stable one; worst blocks."""
         if self.adjusted:
-            zero = jnp.zeros((), going.step_size.dtype)
+            zero = jnp.zeros((), pace.step_size.dtype)
             return {"latent_bias": zero, "latent_stability": zero}
-        half = state.moment * going.step_size / 2
-        limit = stability_limit(uncorrected(going.step_size, going.damping))
+        half = state.moment * pace.step_size / 2
+        limit = stability_limit(uncorrected(pace.step_size, pace.damping))
         stability = state.curvature / limit
         if state.secants is not None:
-            stability = jnp.maximum(stability, _stability(state.secants, going))
+            stability = jnp.maximum(stability, _stability(state.secants, pace))
         return {"latent_bias": jnp.max(half / (1 + half)), "latent_stability": jnp.max(stability)}
 
 
@@ -293,7 +278,7 @@ def forgotten(state: CloudState, new: Array) -> CloudState:
     return state._replace(secants=state.secants._replace(slope=jnp.where(new, 0.0, state.secants.slope)))
 
 
-def _stability(secants: Secants, going: Pace) -> Array:
+def _stability(secants: Secants, pace: Integrator) -> Array:
     """[B] step sizes as fractions of the limit that the curvature of the secants sets."""
     curvature = jnp.where(secants.path > 0, secants.bend / jnp.where(secants.path > 0, secants.path, 1.0), 0.0)
-    return going.step_size * curvature / STABILITY_LIMIT
+    return pace.step_size * curvature / STABILITY_LIMIT

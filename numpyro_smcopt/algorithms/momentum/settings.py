@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What `MomentumParticleMLE` may be given: two numbers per block, from either description, and what is refused.
+"""The settings of `MomentumParticleMLE`: two numbers per block, from either description, and refusals.
 
 step size h = dt / gamma,       momentum mu = exp(-z),       damping z = gamma eta dt
 """
@@ -16,88 +16,84 @@ import optax
 from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.momentum.particles import LARGEST_TOLERANCE
 from numpyro_smcopt.algorithms.momentum.theta import Number
-from numpyro_smcopt.kernels import Preconditioning
-from numpyro_smcopt.kernels.underdamped import IntegratorFn, Pace, VelocityKernel, stability_limit
+from numpyro_smcopt.kernels.integrators import Integrator, IntegratorFn, stability_limit
 from numpyro_smcopt.types import check_number
 
 BISECTIONS = 40
 
 
-def two_numbers(
-    block: str,
-    step_size: Number,
-    momentum: Number,
-    gamma: float | None,
-    eta: float | None,
-    time_step: float | None,
-) -> tuple[Number, Number]:
-    """Step size and damping of a block from either description; what is not given is None.
+def two_numbers(block: str, **given: Any) -> tuple[Number, Number]:
+    """Step size and damping of a block from either description; None is what is not given.
 
     Args:
         block: Prefix of the arguments' names.
-        step_size: Step size, or a schedule.
-        momentum: Momentum, or a schedule.
-        gamma: Friction.
-        eta: Inverse mass.
-        time_step: ``dt``.
+        **given: ``step_size`` and ``momentum``, numbers or schedules, or ``gamma``, ``eta`` and ``time_step``.
 
     Raises:
+        TypeError: If a schedule fails.
         ValueError: If a number is out of range, or the description is double or incomplete.
     """
-    friction = {f"{block}gamma": gamma, f"{block}eta": eta, f"{block}time_step": time_step}
-    given = [name for name, value in friction.items() if value is not None]
-    if given and (step_size is not None or momentum is not None):
+    friction = {f"{block}{name}": given[name] for name in ("gamma", "eta", "time_step")}
+    step_size, momentum = given["step_size"], given["momentum"]
+    present = [name for name, value in friction.items() if value is not None]
+    if not present:
+        return _checked_step_size(f"{block}step_size", step_size), _damping(f"{block}momentum", momentum)
+    if step_size is not None or momentum is not None:
         raise ValueError(
-            f"Give either {block}step_size and {block}momentum or {', '.join(friction)}; got {', '.join(given)} and "
+            f"Give either {block}step_size and {block}momentum or {', '.join(friction)}; got {', '.join(present)} and "
             f"{block}step_size={step_size!r}, {block}momentum={momentum!r}. The step size is time_step / gamma and the "
             "momentum exp(-gamma eta time_step)."
         )
-    if given:
-        for name, value in friction.items():
-            if value is None:
-                raise ValueError(
-                    f"{', '.join(friction)} go together: {name} is missing. Give it, or {block}step_size and "
-                    f"{block}momentum instead."
-                )
-            if not _is_number(value) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {value!r}.")
-        gamma, eta, time_step = (float(value) for value in friction.values())  # type: ignore[arg-type]
-        numbers = time_step / gamma, gamma * eta * time_step
-        if not all(0 < number < math.inf for number in numbers):
+    for name, value in friction.items():
+        if value is None:
             raise ValueError(
-                f"{', '.join(friction)} = {gamma:g}, {eta:g}, {time_step:g} make a step size time_step / gamma of "
-                f"{numbers[0]:g} and a momentum exp(-gamma eta time_step) with gamma eta time_step = {numbers[1]:g}; "
-                "both must be positive and finite."
+                f"{', '.join(friction)} go together: {name} is missing. Give it, or {block}step_size and "
+                f"{block}momentum instead."
             )
-        return numbers
-    shown = _first(f"{block}step_size", step_size)
-    warming_up = callable(step_size) and shown == 0
-    if step_size is not None and not (_is_number(shown) and 0 < shown < math.inf or warming_up):
-        raise ValueError(f"{block}step_size must be a positive number or a schedule of such, got {shown!r}.")
-    shown = _first(f"{block}momentum", momentum)
-    if momentum is not None and not (_is_number(shown) and 0 <= shown < 1):
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    gamma, eta, time_step = map(float, friction.values())
+    numbers = time_step / gamma, gamma * eta * time_step
+    if not all(0 < number < math.inf for number in numbers):
         raise ValueError(
-            f"{block}momentum must lie in [0, 1), got {shown!r}: it is the share of the velocity that is left "
-            "after a step, and 0 is gradient descent."
+            f"{', '.join(friction)} = {gamma:g}, {eta:g}, {time_step:g} make a step size time_step / gamma of "
+            f"{numbers[0]:g} and a momentum exp(-gamma eta time_step) with gamma eta time_step = {numbers[1]:g}; "
+            "both must be positive and finite."
         )
-    step_size = float(step_size) if _is_number(step_size) else step_size  # type: ignore[arg-type]
+    return numbers
+
+
+def _checked_step_size(name: str, given: Any) -> Number:
+    first = _first(name, given)
+    warming_up = callable(given) and first == 0
+    if given is not None and not (_is_number(first) and 0 < first < math.inf or warming_up):
+        raise ValueError(f"{name} must be a positive number or a schedule of such, got {first!r}.")
+    return float(given) if _is_number(given) else given
+
+
+def _damping(name: str, momentum: Any) -> Number:
+    first = _first(name, momentum)
     if momentum is None:
-        return step_size, None
+        return None
+    if not (_is_number(first) and 0 <= first < 1):
+        raise ValueError(
+            f"{name} must lie in [0, 1), got {first!r}: it is the share of the velocity that is left after a step, and "
+            "0 is gradient descent."
+        )
     if callable(momentum):
-        schedule = momentum
-        return step_size, lambda count: -jnp.log(jnp.asarray(schedule(count), jnp.result_type(float)))
-    return step_size, -math.log(momentum) if momentum > 0 else math.inf
+        return lambda count: -jnp.log(jnp.asarray(momentum(count), jnp.result_type(float)))
+    return -math.log(momentum) if momentum > 0 else math.inf
 
 
-def _first(name: str, value: Number) -> Any:
-    """A number, or what a schedule begins with."""
-    if not callable(value):
-        return value
+def _first(name: str, given: Any) -> Any:
+    """A number, or the first one of a schedule."""
+    if not callable(given):
+        return given
     try:
-        return value(np.zeros((), np.int32))  # type: ignore[arg-type]
+        return given(np.zeros((), np.int32))
     except Exception as error:
         raise TypeError(
-            f"{name} must be a number, or a function of the number of updates, but {value!r} fails at 0: {error}."
+            f"{name} must be a number, or a function of the number of updates, but {given!r} fails at 0: {error}."
         ) from error
 
 
@@ -111,43 +107,28 @@ def _is_number(value: Any) -> bool:
 
 
 def unstable_argument(
-    block: str, going: Pace, scheme: IntegratorFn, excess: float, coupled: bool, time_step: float | None
+    block: str, pace: Integrator, scheme: IntegratorFn, excess: float, coupled: bool, time_step: float | None
 ) -> str:
     """The message about a step that is too long, with the limit of the argument that makes it.
 
     Args:
         block: Prefix of the arguments' names.
-        going: The pace of the block.
+        pace: The step of the block.
         scheme: Makes the numbers of a step.
         excess: How many times larger ``h`` is than stable at the same ``z``.
-        coupled: Whether ``z`` is proportional to ``h``.
+        coupled: Whether ``z`` is proportional to ``h``, as it always is to a time step; the limit is then another.
         time_step: ``dt``, if the block was described by it.
     """
-    step_size, damping = float(np.max(going.step_size)), float(np.max(going.damping))
-    share = _stable_share(scheme, step_size, damping, excess, coupled or time_step is not None)
-    if time_step is not None:
-        return faults.unstable_step(f"{block}time_step", time_step, share * time_step)
-    return faults.unstable_step(f"{block}step_size", step_size, share * step_size)
-
-
-def _stable_share(scheme: IntegratorFn, step_size: float, damping: float, excess: float, coupled: bool) -> float:
-    """By what a step has to be multiplied to be stable.
-
-    Args:
-        scheme: Makes the numbers of a step.
-        step_size: ``h``.
-        damping: ``z``.
-        excess: How many times larger ``h`` is than stable at the same ``z``.
-        coupled: Whether ``z`` is multiplied as well, as by a time step; the limit is then another.
-    """
-    if not coupled:
-        return 1 / excess
-    limit = lambda share: float(stability_limit(scheme(share * step_size, share * damping)))  # noqa: E731
-    curvature, stable, unstable = excess * limit(1.0), 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (stable + unstable) / 2
-        stable, unstable = (middle, unstable) if curvature < limit(middle) else (stable, middle)
-    return stable
+    step_size, damping = float(np.max(pace.step_size)), float(np.max(pace.damping))
+    name, value = ("step_size", step_size) if time_step is None else ("time_step", time_step)
+    stable, unstable = 1 / excess, 1 / excess
+    if coupled or time_step is not None:
+        limit = lambda share: float(stability_limit(scheme(share * step_size, share * damping)))  # noqa: E731
+        curvature, stable, unstable = excess * limit(1.0), 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (stable + unstable) / 2
+            stable, unstable = (middle, unstable) if curvature < limit(middle) else (stable, middle)
+    return faults.unstable_step(f"{block}{name}", value, stable * value)
 
 
 def check_moves(preconditioning: Any, kernel: Any, averaging: Any, bias_tolerance: Any) -> None:
@@ -156,12 +137,12 @@ def check_moves(preconditioning: Any, kernel: Any, averaging: Any, bias_toleranc
         check_number("bias_tolerance", bias_tolerance)
     if averaging is not None:
         check_number("averaging", averaging)
-    if preconditioning is not None and not isinstance(preconditioning, Preconditioning):
+    if preconditioning is not None and not hasattr(preconditioning, "adapt"):
         raise TypeError(
             "preconditioning must be an object from numpyro_smcopt.kernels.preconditioners, such as diagonal, got "
             f"{preconditioning!r}."
         )
-    if kernel is not None and not isinstance(kernel, VelocityKernel):
+    if kernel is not None and not hasattr(kernel, "num_normals"):
         raise TypeError(
             "kernel must move particles that have a velocity: kernels.Underdamped() or "
             f"kernels.MetropolisUnderdamped(), got {kernel!r}. Other kernels are for SMCOptimizer."

@@ -21,6 +21,7 @@ horizon to be given (Shamir and Zhang 2013).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -31,15 +32,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.information import Information
-from numpyro_smcopt.kernels.underdamped import (
-    IntegratorFn,
-    Pace,
-    damping_ratio,
-    exponential,
-    pace,
-    stability_limit,
-)
-from numpyro_smcopt.theta_step import inverse_metric
+from numpyro_smcopt.kernels.integrators import Integrator, IntegratorFn, damping_ratio, exponential, stability_limit
+from numpyro_smcopt.theta_step import StepContext, inverse_metric, running_mean
 from numpyro_smcopt.types import Array, Theta
 
 LARGEST_CURVATURE = 4.0  # twice what theta and latents together can have in the metric of the complete information
@@ -54,34 +48,6 @@ Number = float | Callable[[Array], Array] | None
 """A constant, a schedule of the number of updates, or None: chosen from the model."""
 
 
-class Around(NamedTuple):
-    """What a step may ask; functions, so that only what is asked for is computed.
-
-    Attributes:
-        gradient: [P] estimate of the gradient of the loss, at the place where it is taken.
-        information: () -> complete and missing information.
-        along: ``v [P]`` -> complete and missing information along it, [] and [].
-        slope_error: ``v [P]`` -> [] standard error of ``gradient . v``.
-    """
-
-    gradient: Array
-    information: Callable[[], Information]
-    along: Callable[[Array], tuple[Array, Array]]
-    slope_error: Callable[[Array], Array]
-
-
-class Curvature(NamedTuple):
-    """Curvature along the velocity, in the metric.
-
-    Attributes:
-        complete: [] of the energy, with the particles standing still: what makes a step unstable.
-        observed: [] of the loss, with the particles following: what makes a step oscillate.
-    """
-
-    complete: Array
-    observed: Array
-
-
 # -- metrics -------------------------------------------------------------------------------------------------------
 class Metric(Protocol):
     """Turns a gradient into a direction."""
@@ -89,20 +55,29 @@ class Metric(Protocol):
     def init(self, theta: Theta) -> Any:
         """The state at the start."""
 
-    def apply(self, state: Any, theta: Theta, around: Around) -> tuple[Array, Any]:
+    def apply(self, state: Any, theta: Theta, context: StepContext, num_updates: Array) -> tuple[Array, Any]:
         """Direction [P] and the next state."""
 
-    def curvature(self, state: Any, velocity: Array, direction: Array, around: Around) -> Curvature:
-        """Curvature along the velocity."""
+    def curvature(self, state: Any, velocity: Array, direction: Array, context: StepContext) -> Array:
+        """[2] curvature along the velocity, in the metric.
+
+        First that of the energy with the particles standing still, which makes a step unstable; then that of the loss
+        with the particles following, which makes it oscillate.
+        """
+
+    def spread(self, state: Any, step: Array) -> Array | float:
+        """[] variance of the change of energy that a step [P] makes in a block; zero where it is not known."""
+
+    def slowest(self, state: Any) -> Array | None:
+        """[] smallest share of observed in complete information; None where it is not known."""
 
 
 class InformationState(NamedTuple):
-    """State of `InformationMetric`: a running mean of the information, and what follows from it."""
+    """State of `InformationMetric`: a running mean of the information, its inverse [P, P] and slowest share []."""
 
-    num_updates: Array
     information: Information
     inverse: Array
-    slowest: Array
+    share: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,38 +94,44 @@ class InformationMetric:
         """See `Metric.init`."""
         flat, _ = ravel_pytree(theta)
         matrix, one = jnp.zeros((flat.size, flat.size), flat.dtype), jnp.ones((), flat.dtype)
-        return InformationState(jnp.zeros((), jnp.int32), Information(matrix, matrix, one), matrix, one)
+        return InformationState(Information(matrix, matrix, one), matrix, one)
 
-    def apply(self, state: InformationState, theta: Theta, around: Around) -> tuple[Array, InformationState]:
+    def apply(
+        self, state: InformationState, theta: Theta, context: StepContext, num_updates: Array
+    ) -> tuple[Array, InformationState]:
         """See `Metric.apply`."""
         del theta
-        due = state.num_updates % self.refresh_every == 0
-        state = lax.cond(due, lambda state: self._refreshed(state, around), lambda state: state, state)
-        return state.inverse @ around.gradient, state._replace(num_updates=state.num_updates + 1)
 
-    def _refreshed(self, state: InformationState, around: Around) -> InformationState:
-        new = around.information()
-        usable = jnp.all(jnp.isfinite(new.complete)) & jnp.all(jnp.isfinite(new.missing))
-        weight = jnp.maximum(1.0 / (state.num_updates // self.refresh_every + 1), FORGETTING)
-        mix = lambda a, b: jnp.where(usable, a + weight.astype(a.dtype) * (b - a), a)  # noqa: E731
-        information = jax.tree.map(mix, state.information, new)
-        inverse = jnp.where(usable, inverse_metric(information, 1.0), state.inverse)
-        # Shares of observed information, from a symmetric root of the inverse.
-        values, vectors = jnp.linalg.eigh(inverse)
-        root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))
-        shares = 1 - jnp.linalg.eigvalsh(root.T @ information.missing @ root)
-        slowest = jnp.where(usable & jnp.all(jnp.isfinite(shares)), shares[-1], state.slowest)
-        return state._replace(information=information, inverse=inverse, slowest=slowest)
+        def refreshed(state: InformationState) -> InformationState:
+            renewals = num_updates // self.refresh_every
+            information, usable = running_mean(state.information, context.information(), renewals, FORGETTING)
+            inverse = jnp.where(usable, inverse_metric(information, 1.0), state.inverse)
+            # Shares of observed information, from a symmetric root of the inverse.
+            values, vectors = jnp.linalg.eigh(inverse)
+            root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))
+            shares = 1 - jnp.linalg.eigvalsh(root.T @ information.missing @ root)
+            known = usable & jnp.all(jnp.isfinite(shares))
+            return InformationState(information, inverse, jnp.where(known, shares[-1], state.share))
 
-    def curvature(self, state: InformationState, velocity: Array, direction: Array, around: Around) -> Curvature:
+        state = lax.cond(num_updates % self.refresh_every == 0, refreshed, lambda state: state, state)
+        return state.inverse @ context.gradient, state
+
+    def curvature(self, state: InformationState, velocity: Array, direction: Array, context: StepContext) -> Array:
         """See `Metric.curvature`."""
-        del direction, around
-        velocity = velocity / jnp.maximum(jnp.max(jnp.abs(velocity)), 1e-30)
+        del direction, context
+        velocity = _scaled(velocity)
         complete = velocity @ state.information.complete @ velocity
         missing = velocity @ state.information.missing @ velocity
         usable = complete > 0
-        observed = jnp.where(usable, 1 - missing / jnp.where(usable, complete, 1.0), 0.0)
-        return Curvature(usable.astype(observed.dtype), observed)
+        return jnp.where(usable, jnp.stack([jnp.ones_like(complete), 1 - missing / jnp.where(usable, complete, 1)]), 0)
+
+    def spread(self, state: InformationState, step: Array) -> Array:
+        """See `Metric.spread`."""
+        return state.information.largest_share * (step @ state.information.missing @ step)
+
+    def slowest(self, state: InformationState) -> Array:
+        """See `Metric.slowest`."""
+        return state.share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,22 +148,37 @@ class TransformMetric:
         """See `Metric.init`."""
         return self.transformation.init(theta)
 
-    def apply(self, state: Any, theta: Theta, around: Around) -> tuple[Array, Any]:
+    def apply(self, state: Any, theta: Theta, context: StepContext, num_updates: Array) -> tuple[Array, Any]:
         """See `Metric.apply`."""
+        del num_updates
         _, unravel = ravel_pytree(theta)
-        direction, state = self.transformation.update(unravel(around.gradient), state, theta)
+        direction, state = self.transformation.update(unravel(context.gradient), state, theta)
         return ravel_pytree(direction)[0], state
 
-    def curvature(self, state: Any, velocity: Array, direction: Array, around: Around) -> Curvature:
+    def curvature(self, state: Any, velocity: Array, direction: Array, context: StepContext) -> Array:
         """See `Metric.curvature`; the transformation is taken to be a scale per coordinate."""
         del state
         usable = jnp.abs(direction) > 0
-        scale = jnp.abs(jnp.where(usable, around.gradient / jnp.where(usable, direction, 1.0), 0.0))
-        velocity = velocity / jnp.maximum(jnp.max(jnp.abs(velocity)), 1e-30)  # its square might overflow
+        scale = jnp.abs(jnp.where(usable, context.gradient / jnp.where(usable, direction, 1.0), 0.0))
+        velocity = _scaled(velocity)
         length = jnp.sum(scale * velocity**2)
-        complete, missing = around.along(velocity)
-        relative = lambda value: jnp.where(length > 0, value / jnp.maximum(length, 1e-30), 0.0)  # noqa: E731
-        return Curvature(relative(complete), relative(complete - missing))
+        complete, missing = context.along(velocity)
+        both = jnp.stack([complete, complete - missing])
+        return jnp.where(length > 0, both / jnp.maximum(length, 1e-30), 0.0)
+
+    def spread(self, state: Any, step: Array) -> float:
+        """See `Metric.spread`."""
+        del state, step
+        return 0.0
+
+    def slowest(self, state: Any) -> None:
+        """See `Metric.slowest`."""
+        del state
+
+
+def _scaled(velocity: Array) -> Array:
+    """The velocity [P] with a largest coordinate of one: its own square might overflow."""
+    return velocity / jnp.maximum(jnp.max(jnp.abs(velocity)), 1e-30)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------------
@@ -191,19 +187,19 @@ class MotionState(NamedTuple):
 
     Attributes:
         velocity: [P] in units of mass one.
-        pace: Step size, momentum and what follows from them, for the next update.
+        pace: The numbers of the next update.
         metric: State of the metric.
         average: [P] the running average of theta.
-        curvature: Along the velocity, when it was last looked at.
+        curvature: [2] along the velocity, when it was last looked at; see `Metric.curvature`.
         num_updates: [] so far.
         num_restarts: [] of them lost the velocity.
     """
 
     velocity: Array
-    pace: Pace
+    pace: Integrator
     metric: Any
     average: Array
-    curvature: Curvature
+    curvature: Array
     num_updates: Array
     num_restarts: Array
 
@@ -231,54 +227,54 @@ class MomentumStep:
     def init(self, theta: Theta) -> MotionState:
         """The state at the start: no velocity."""
         flat, _ = ravel_pytree(theta)
-        zero, metric = jnp.zeros((), jnp.int32), self.metric.init(theta)
-        flatness = Curvature(*jnp.zeros((2,), flat.dtype))
-        return MotionState(
-            jnp.zeros_like(flat), self._pace(metric, zero, flat.dtype), metric, flat, flatness, zero, zero
-        )
+        zero, metric, none = jnp.zeros((), jnp.int32), self.metric.init(theta), jnp.zeros(2, flat.dtype)
+        return MotionState(jnp.zeros_like(flat), self._pace(metric, zero, flat.dtype), metric, flat, none, zero, zero)
 
     def update(
-        self, state: MotionState, going: Pace, theta: Theta, around: Around, noise: Array | None = None
+        self,
+        state: MotionState,
+        pace: Integrator,
+        theta: Theta,
+        context: StepContext,
+        num_particles: int,
+        noise: Array | None = None,
     ) -> tuple[Array, MotionState]:
-        """The next theta and state.
+        """The next theta [P] and state.
 
         Args:
             state: The present state.
-            going: The pace, under the control of handlers.
+            pace: The numbers of this update, under the control of handlers.
             theta: The tree of parameters.
-            around: What is known ahead of it.
-            noise: [2, P] normal numbers with the variance of one particle's share, or None.
+            context: What is known ahead of it.
+            num_particles: N, which the noise of the gradient falls with.
+            noise: [2, P] standard normal numbers; None for no noise.
         """
         flat, _ = ravel_pytree(theta)
-        by = going.integrator
         velocity, restarts = state.velocity, state.num_restarts
         if self.restart:
-            uphill = self._uphill(velocity, around)
+            uphill = context.gradient @ velocity > 2 * jnp.sqrt(context.spread(velocity) / num_particles)
             velocity, restarts = jnp.where(uphill, 0.0, velocity), restarts + uphill.astype(jnp.int32)
 
         # Direction
-        direction, metric = self.metric.apply(state.metric, theta, around)
-        usable = jnp.all(jnp.isfinite(direction))
-        direction = jnp.where(usable, direction, 0.0)
+        direction, metric = self.metric.apply(state.metric, theta, context, state.num_updates)
+        direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
 
-        # Step
-        step = by.carry * velocity - by.drift * direction
-        velocity = by.decay * velocity - by.kick * direction
+        # Step, no longer than the particles can follow
+        step = pace.carry * velocity - pace.drift * direction
+        velocity = pace.decay * velocity - pace.kick * direction
         if noise is not None:
-            step = step + by.xv * noise[0] + by.xx * noise[1]
-            velocity = velocity + by.vv * noise[0]
-
-        # Length
-        if isinstance(metric, InformationState):
-            spread = metric.information.largest_share * (step @ metric.information.missing @ step)
-            shorter = jnp.sqrt(jnp.minimum(1.0, LONGEST_STEP / jnp.maximum(spread, 1e-30)))
-            step, velocity = shorter * step, shorter * velocity
+            noise = noise / math.sqrt(num_particles)
+            step = step + pace.xv * noise[0] + pace.xx * noise[1]
+            velocity = velocity + pace.vv * noise[0]
+        spread = self.metric.spread(metric, step)
+        shorter = jnp.sqrt(jnp.minimum(1.0, LONGEST_STEP / jnp.maximum(spread, 1e-30)))
+        step, velocity = shorter * step, shorter * velocity
 
         # Curvature
         num = state.num_updates + 1
         curvature = lax.cond(
             (num % LOOK_EVERY == 0) | (num <= LOOK_AT_FIRST),
-            lambda v: self.metric.curvature(metric, v, direction, around),
+            lambda v: self.metric.curvature(metric, v, direction, context),
             lambda v: state.curvature,
             velocity,
         )
@@ -290,34 +286,31 @@ class MomentumStep:
         following = self._pace(metric, num, flat.dtype)
         return flat, MotionState(velocity, following, metric, average, curvature, num, restarts)
 
-    def _uphill(self, velocity: Array, around: Around) -> Array:
-        """Whether the loss grows along the velocity, by more than two standard errors of the gradient."""
-        slope, error = around.gradient @ velocity, around.slope_error(velocity)
-        return slope > 2 * error
-
-    def _pace(self, metric: Any, num_updates: Array, dtype: Any) -> Pace:
-        """The pace of the update after ``num_updates``."""
-        step_size = self.step_size(num_updates) if callable(self.step_size) else self.step_size
-        damping = self.damping(num_updates) if callable(self.damping) else self.damping
-        if isinstance(metric, InformationState):
-            share = jnp.clip(metric.slowest, SMALLEST_SHARE, 1.0)
+    def _pace(self, metric: Any, num_updates: Array, dtype: Any) -> Integrator:
+        """The numbers of the update after ``num_updates``."""
+        step_size, damping = at_update(self.step_size, num_updates), at_update(self.damping, num_updates)
+        share = self.metric.slowest(metric)
+        if share is not None:
+            share = jnp.clip(share, SMALLEST_SHARE, 1.0)
             if damping is None:
                 damping = jnp.sqrt(8 * share / LARGEST_CURVATURE)
             if step_size is None:
                 unit = self.scheme(jnp.ones_like(share), jnp.asarray(damping, share.dtype))
                 step_size = jnp.minimum(damping / (4 * share), stability_limit(unit) / MARGIN)
-        return jax.tree.map(lambda value: jnp.asarray(value, dtype), pace(self.scheme, step_size, damping))
+        return jax.tree.map(lambda value: jnp.asarray(value, dtype), self.scheme(step_size, damping))
 
-    def diagnose(self, state: MotionState, going: Pace) -> dict[str, Array]:
+    def diagnose(self, state: MotionState, pace: Integrator) -> dict[str, Array]:
         """Damping ratio along the velocity, and the step size as a fraction of the largest stable one."""
         complete, observed = state.curvature
         usable = observed > 0
-        ratio = damping_ratio(going.step_size, going.damping, jnp.where(usable, observed, 1.0))
+        ratio = damping_ratio(pace.step_size, pace.damping, jnp.where(usable, observed, 1.0))
         return {
             "damping": jnp.where(usable, jnp.minimum(ratio, MOST_DAMPED), MOST_DAMPED),
-            "stability": jnp.maximum(complete, 0.0) / stability_limit(going.integrator),
+            "stability": jnp.maximum(complete, 0.0) / stability_limit(pace),
+            "num_restarts": state.num_restarts,
         }
 
-    def estimate(self, state: MotionState) -> Array:
-        """[P] the answer so far."""
-        return state.average
+
+def at_update(number: Number, num_updates: Array) -> Any:
+    """A number, or what a schedule says after ``num_updates``."""
+    return number(num_updates) if callable(number) else number
