@@ -43,7 +43,8 @@ Map of the package, from the top down:
 
 from numpyro_smcopt import handlers, kernels, objectives, resampling, samplers
 from numpyro_smcopt.algorithms.implicit_diffusion import ImplicitDiffusion
-from numpyro_smcopt.algorithms.momentum.momentum_particle_mle import Damping, MomentumParticleMLE
+from numpyro_smcopt.algorithms.momentum.damping import Damping
+from numpyro_smcopt.algorithms.momentum.momentum_particle_mle import MomentumParticleMLE
 from numpyro_smcopt.algorithms.smc_optimizer import SMCOptimizer
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import one_block

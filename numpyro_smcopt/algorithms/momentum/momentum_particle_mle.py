@@ -4,12 +4,9 @@
 
 The update, with its equations, is in `momentum.update`. This file chooses what is not given: the particles to start
 from, the metric and the pace of theta and of the particles; and it tells how a run went.
-
-Source: Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024, arXiv 2312.07335.
 """
 
 import dataclasses
-import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +19,7 @@ from jax import random
 
 from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm
+from numpyro_smcopt.algorithms.momentum.damping import Damping, damping_regime
 from numpyro_smcopt.algorithms.momentum.particles import LatentStep, forgotten
 from numpyro_smcopt.algorithms.momentum.settings import (
     check_moves,
@@ -34,21 +32,18 @@ from numpyro_smcopt.algorithms.momentum.theta import InformationMetric, Metric, 
 from numpyro_smcopt.algorithms.momentum.update import MomentumState, MomentumUpdate, keys_of
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
-from numpyro_smcopt.kernels import HMC, Point, Preconditioner, Preconditioning, preconditioners
+from numpyro_smcopt.kernels import Preconditioning, preconditioners
 from numpyro_smcopt.kernels.integrators import IntegratorFn, exponential, nesterov, uncorrected
 from numpyro_smcopt.kernels.underdamped import Underdamped, VelocityKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
-from numpyro_smcopt.population import budget, tempering
-from numpyro_smcopt.population.evaluate import blocks_are_wrong, evaluator
+from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.evaluate import blocks_are_wrong
 from numpyro_smcopt.population.nonfinite import LARGEST_LOSS
 from numpyro_smcopt.population.start import (
     Start,
-    draw_particles,
-    first_cloud,
     refuse_hopeless,
     refuse_loss,
     start_blocks,
-    starts_from_prior,
     warm_theta,
     warn_of_unfinished,
 )
@@ -61,14 +56,6 @@ BIAS_TOLERANCE_OF_LARGE_THETA = 0.15  # the particles have to keep up with theta
 DEFAULT_MOMENTUM = 0.9  # where the damping is not chosen from the information
 SETTLED = 100  # updates after which the estimated bias is worth a warning
 DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of order one
-
-
-class Damping(enum.Enum):
-    """The damping of the motion of theta."""
-
-    UNDER = "under-damped"
-    CRITICAL = "near critical damping"
-    OVER = "over-damped"
 
 
 class MomentumParticleMLE(ParticleAlgorithm):
@@ -136,8 +123,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         >>> bool(abs(result.params["mean"] - 2.5) < 0.1)
         True
 
-    Reference:
-        Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024.
+    Source: Lim, Kuntz, Power and Johansen, "Momentum Particle Maximum Likelihood", ICML 2024, arXiv 2312.07335.
     """
 
     def __init__(
@@ -175,25 +161,17 @@ class MomentumParticleMLE(ParticleAlgorithm):
         num_particles = whole_or_none("num_particles", num_particles)
         check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
         check_moves(preconditioning, kernel, averaging, bias_tolerance)
-        self.step_size, self.damping = two_numbers(
-            "", step_size=step_size, momentum=momentum, gamma=gamma, eta=eta, time_step=time_step
-        )
-        self.latent_step_size, self.latent_damping = two_numbers(
-            "latent_",
-            step_size=latent_step_size,
-            momentum=latent_momentum,
-            gamma=latent_gamma,
-            eta=latent_eta,
-            time_step=latent_time_step,
-        )
+        check_preconditioner(preconditioner)
+        friction, latent_friction = (gamma, eta, time_step), (latent_gamma, latent_eta, latent_time_step)
+        self.step_size, self.damping = two_numbers("", step_size, momentum, friction)
+        latent_numbers = two_numbers("latent_", latent_step_size, latent_momentum, latent_friction)
+        self.latent_step_size, self.latent_damping = latent_numbers
         self._time_steps = {"": time_step, "latent_": latent_time_step}  # where they were given, to speak of them
         if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
             raise ValueError(
                 "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
                 "would not fit the motion."
             )
-        if preconditioner is not None:
-            check_preconditioner(preconditioner)
         self.scheme, self.preconditioner, self.restart, self.averaging = scheme, preconditioner, restart, averaging
         self.simultaneous, self.theta_noise = simultaneous, theta_noise
         self.objective = None if objective is None else as_objective(objective)
@@ -244,7 +222,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[MomentumState, Array, Array, Array]:
             key_cloud, key_state = random.split(rng_key)
-            found = self._first_particles(key_cloud, target, theta, blocks, mode, num_particles)
+            found = self._latents.first(key_cloud, target, theta, blocks, mode, num_particles, self.init_strategy)
             points, metric, num_unfinished, num_stages = found
             update = self._update(target, theta, num_particles, blocks.num_blocks)
             state = update.first(target, key_state, theta, points, metric, blocks)
@@ -252,36 +230,12 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
         return first
 
-    def _first_particles(
-        self, rng_key: Array, target: Target, theta: Theta, blocks: Blocks, mode: Array, num_particles: int
-    ) -> tuple[Point, Preconditioner, Array, Array]:
-        """Particles, their metric, blocks that are not at their posterior, and stages of tempering."""
-        if self.latent_step_size is None:
-            # At the posterior from the first update on, with a metric that is known to fit.
-            where = target, theta, blocks, mode, HMC(preconditioning=self._latents.preconditioning)
-            cloud = first_cloud(rng_key, *where, num_particles, init_strategy=self.init_strategy)
-            metric = cloud.step.preconditioner
-            if self._latents.preconditioning == preconditioners.none:
-                metric = tempering.identity_like(mode, None)
-            return cloud.points, metric, jnp.sum(cloud.unfinished), cloud.num_stages
-        # As published: from the prior.
-        draw = draw_particles(num_particles, starts_from_prior(target, self.init_strategy), self.init_strategy)
-        points = jax.vmap(evaluator(target, theta))(draw(target, rng_key, theta))
-        metric = tempering.identity_like(mode, None)
-        if self._latents.preconditioning != preconditioners.none:
-            metric = tempering.rescaled(metric, points.x, blocks)
-        nothing = jnp.zeros((), jnp.int32)
-        return points, metric, nothing, nothing
-
     # -- what is chosen -----------------------------------------------------------------------------------------------
     def _knows_units(self, theta: Theta) -> bool:
         """Whether the step of theta is chosen from the information in the particles."""
         automatic = self.step_size is None and self.preconditioner is None
-        return automatic and _information_is_affordable(theta) and self._maximises_likelihood
-
-    @property
-    def _maximises_likelihood(self) -> bool:
-        return self.objective is None or self.objective.is_likelihood
+        likelihood = self.objective is None or self.objective.is_likelihood
+        return automatic and likelihood and _information_is_affordable(theta)
 
     def _objective(self, theta: Theta) -> Objective:
         return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
@@ -371,18 +325,12 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return super().get_weighted_samples(state, *args, **kwargs)
 
     def damping_regime(self, diagnostics: dict[str, Array]) -> Damping:
-        """The damping of the motion of theta in the last half of a run.
-
-        The damping ratio along the velocity, ``gamma eta / (2 sqrt(eta c))`` with c the curvature of the loss there, is
-        one where it is critical; within a factor of sqrt(2) it is called near.
+        """The damping of the motion of theta in the last half of a run; see `momentum.damping`.
 
         Args:
             diagnostics: Those of a run.
         """
-        ratio = float(np.median(diagnostics["damping"][len(diagnostics["damping"]) // 2 :]))
-        if ratio < math.sqrt(0.5):
-            return Damping.UNDER
-        return Damping.OVER if ratio > math.sqrt(2) else Damping.CRITICAL
+        return damping_regime(diagnostics["damping"])
 
     def _early_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> list[str | None]:
         return [self._instability(state, diagnostics)]

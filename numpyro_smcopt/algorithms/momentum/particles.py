@@ -23,6 +23,7 @@ is that of the unstable direction as soon as there is one; a chosen step never e
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,12 +34,17 @@ from jax import lax
 from numpyro_smcopt.adaptation import adapt_size
 from numpyro_smcopt.algorithms.momentum.theta import Number, at_update
 from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.kernels import HMC, preconditioners
 from numpyro_smcopt.kernels.base import Point, Potential
 from numpyro_smcopt.kernels.integrators import Integrator, exponential, stability_limit, uncorrected
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
 from numpyro_smcopt.kernels.underdamped import Moved, VelocityKernel
+from numpyro_smcopt.population import tempering
+from numpyro_smcopt.population.evaluate import evaluator
+from numpyro_smcopt.population.start import draw_particles, first_cloud, starts_from_prior
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.random_numbers import draw_normals
-from numpyro_smcopt.types import Array
+from numpyro_smcopt.types import Array, Theta
 
 FORGETTING = 0.02  # smallest weight of the newest cloud in the power iteration
 FIRST_STEP = 0.05  # before anything is known of the curvature
@@ -115,6 +121,36 @@ class LatentStep:
     def chooses(self) -> bool:
         """Whether step sizes are chosen for a tolerated bias."""
         return self.step_size is None and not self.adjusted
+
+    def first(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        blocks: Blocks,
+        mode: Array,
+        num_particles: int,
+        init_strategy: Callable | None,
+    ) -> tuple[Point, Preconditioner, Array, Array]:
+        """The first particles, their metric, blocks that are not at their posterior, and stages of tempering.
+
+        See `first_cloud` for the arguments.
+        """
+        plain, metric = self.preconditioning == preconditioners.none, tempering.identity_like(mode, None)
+        if self.step_size is None:
+            # At the posterior from the first update on, with a metric that is known to fit.
+            kernel = HMC(preconditioning=self.preconditioning)
+            found = first_cloud(
+                rng_key, target, theta, blocks, mode, kernel, num_particles, init_strategy=init_strategy
+            )
+            metric = metric if plain else found.step.preconditioner
+            return found.points, metric, jnp.sum(found.unfinished), found.num_stages
+        # As published: from the prior.
+        draw = draw_particles(num_particles, starts_from_prior(target, init_strategy), init_strategy)
+        points = jax.vmap(evaluator(target, theta))(draw(target, rng_key, theta))
+        metric = metric if plain else tempering.rescaled(metric, points.x, blocks)
+        nothing = jnp.zeros((), jnp.int32)
+        return points, metric, nothing, nothing
 
     def init(self, velocity: Array, metric: Preconditioner, points: Point, blocks: Blocks) -> CloudState:
         """The state at the start.

@@ -6,6 +6,7 @@ step size h = dt / gamma,       momentum mu = exp(-z),       damping z = gamma e
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,41 +23,42 @@ from numpyro_smcopt.types import check_number
 BISECTIONS = 40
 
 
-def two_numbers(block: str, **given: Any) -> tuple[Number, Number]:
+def two_numbers(block: str, step_size: Any, momentum: Any, friction: Sequence[Any]) -> tuple[Number, Number]:
     """Step size and damping of a block from either description; None is what is not given.
 
     Args:
         block: Prefix of the arguments' names.
-        **given: ``step_size`` and ``momentum``, numbers or schedules, or ``gamma``, ``eta`` and ``time_step``.
+        step_size: A number or a schedule.
+        momentum: Likewise.
+        friction: ``gamma``, ``eta`` and ``time_step``.
 
     Raises:
         TypeError: If a schedule fails.
         ValueError: If a number is out of range, or the description is double or incomplete.
     """
-    friction = {f"{block}{name}": given[name] for name in ("gamma", "eta", "time_step")}
-    step_size, momentum = given["step_size"], given["momentum"]
-    present = [name for name, value in friction.items() if value is not None]
+    named = dict(zip((f"{block}gamma", f"{block}eta", f"{block}time_step"), friction, strict=True))
+    present = [name for name, value in named.items() if value is not None]
     if not present:
         return _checked_step_size(f"{block}step_size", step_size), _damping(f"{block}momentum", momentum)
     if step_size is not None or momentum is not None:
         raise ValueError(
-            f"Give either {block}step_size and {block}momentum or {', '.join(friction)}; got {', '.join(present)} and "
+            f"Give either {block}step_size and {block}momentum or {', '.join(named)}; got {', '.join(present)} and "
             f"{block}step_size={step_size!r}, {block}momentum={momentum!r}. The step size is time_step / gamma and the "
             "momentum exp(-gamma eta time_step)."
         )
-    for name, value in friction.items():
+    for name, value in named.items():
         if value is None:
             raise ValueError(
-                f"{', '.join(friction)} go together: {name} is missing. Give it, or {block}step_size and "
+                f"{', '.join(named)} go together: {name} is missing. Give it, or {block}step_size and "
                 f"{block}momentum instead."
             )
         if not _is_number(value) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    gamma, eta, time_step = map(float, friction.values())
+    gamma, eta, time_step = map(float, named.values())
     numbers = time_step / gamma, gamma * eta * time_step
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError(
-            f"{', '.join(friction)} = {gamma:g}, {eta:g}, {time_step:g} make a step size time_step / gamma of "
+            f"{', '.join(named)} = {gamma:g}, {eta:g}, {time_step:g} make a step size time_step / gamma of "
             f"{numbers[0]:g} and a momentum exp(-gamma eta time_step) with gamma eta time_step = {numbers[1]:g}; "
             "both must be positive and finite."
         )
@@ -158,6 +160,8 @@ def check_moves(preconditioning: Any, kernel: Any, averaging: Any, bias_toleranc
 
 def check_preconditioner(preconditioner: Any) -> None:
     """Refuse what is no transformation of a gradient."""
+    if preconditioner is None:
+        return
     if not isinstance(preconditioner, optax.GradientTransformation):
         raise TypeError(
             "preconditioner must be an optax transformation of the gradient such as optax.scale_by_rms(), got "

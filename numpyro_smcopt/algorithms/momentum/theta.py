@@ -20,10 +20,11 @@ The answer is an average of the iterates whose weights grow like ``k^a``, so tha
 horizon to be given (Shamir and Zhang 2013).
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +50,18 @@ Number = float | Callable[[Array], Array] | None
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------
-class Metric(Protocol):
+class Metric(abc.ABC):
     """Turns a gradient into a direction."""
 
+    @abc.abstractmethod
     def init(self, theta: Theta) -> Any:
         """The state at the start."""
 
+    @abc.abstractmethod
     def apply(self, state: Any, theta: Theta, context: StepContext, num_updates: Array) -> tuple[Array, Any]:
         """Direction [P] and the next state."""
 
+    @abc.abstractmethod
     def curvature(self, state: Any, velocity: Array, direction: Array, context: StepContext) -> Array:
         """[2] curvature along the velocity, in the metric.
 
@@ -67,9 +71,13 @@ class Metric(Protocol):
 
     def spread(self, state: Any, step: Array) -> Array | float:
         """[] variance of the change of energy that a step [P] makes in a block; zero where it is not known."""
+        del state, step
+        return 0.0
 
     def slowest(self, state: Any) -> Array | None:
         """[] smallest share of observed in complete information; None where it is not known."""
+        del state
+        return None
 
 
 class InformationState(NamedTuple):
@@ -81,7 +89,7 @@ class InformationState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class InformationMetric:
+class InformationMetric(Metric):
     """The inverse of the running complete-data information: natural steps of EM, without units.
 
     Args:
@@ -135,7 +143,7 @@ class InformationMetric:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformMetric:
+class TransformMetric(Metric):
     """Any optax transformation of the gradient that keeps its sign, such as `optax.scale_by_rms()`.
 
     Args:
@@ -165,15 +173,6 @@ class TransformMetric:
         complete, missing = context.along(velocity)
         both = jnp.stack([complete, complete - missing])
         return jnp.where(length > 0, both / jnp.maximum(length, 1e-30), 0.0)
-
-    def spread(self, state: Any, step: Array) -> float:
-        """See `Metric.spread`."""
-        del state, step
-        return 0.0
-
-    def slowest(self, state: Any) -> None:
-        """See `Metric.slowest`."""
-        del state
 
 
 def _scaled(velocity: Array) -> Array:
