@@ -55,6 +55,10 @@ BIAS_TOLERANCE = 0.05
 BIAS_TOLERANCE_OF_LARGE_THETA = 0.15  # the particles have to keep up with theta: being late costs more than the bias
 DEFAULT_MOMENTUM = 0.9  # where the damping is not chosen from the information
 SETTLED = 100  # updates after which the estimated bias is worth a warning
+UNWEIGHTED = (
+    "MomentumParticleMLE does not weigh its particles, so their log weights are equal. Use get_samples, or "
+    "SMCOptimizer for weights and a running log evidence."
+)
 DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of order one
 
 
@@ -158,7 +162,6 @@ class MomentumParticleMLE(ParticleAlgorithm):
     ) -> None:
         refuse_foreign_arguments(static_kwargs)
         super().__init__(model, handlers, static_kwargs)
-        num_particles = whole_or_none("num_particles", num_particles)
         check_functions(scheme=scheme, init_strategy=init_strategy, partition=partition)
         check_moves(preconditioning, kernel, averaging, bias_tolerance)
         check_preconditioner(preconditioner)
@@ -166,7 +169,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         self.step_size, self.damping = two_numbers("", step_size, momentum, friction)
         latent_numbers = two_numbers("latent_", latent_step_size, latent_momentum, latent_friction)
         self.latent_step_size, self.latent_damping = latent_numbers
-        self._time_steps = {"": time_step, "latent_": latent_time_step}  # where they were given, to speak of them
+        self._time_step, self._latent_time_step = time_step, latent_time_step  # to speak of them
         if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
             raise ValueError(
                 "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
@@ -175,7 +178,7 @@ class MomentumParticleMLE(ParticleAlgorithm):
         self.scheme, self.preconditioner, self.restart, self.averaging = scheme, preconditioner, restart, averaging
         self.simultaneous, self.theta_noise = simultaneous, theta_noise
         self.objective = None if objective is None else as_objective(objective)
-        self.num_particles, self.init_strategy = num_particles, init_strategy
+        self.num_particles, self.init_strategy = whole_or_none("num_particles", num_particles), init_strategy
         self.partition = one_block if self.objective is not None and self.objective.whole_particles else partition
         if preconditioning is None:
             given = self.latent_step_size is not None
@@ -208,9 +211,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
     def _num_particles_for(self, target: Target, theta: Theta, num_blocks: int) -> int:
         if target.sites.num_latents == 0:
             return 1  # plain maximum likelihood: there is nothing to integrate out
-        fewest = budget.FEWEST_PARTICLES
-        if not _information_is_affordable(theta):
-            fewest = budget.fewest_without_information(num_blocks)
+        small = _information_is_affordable(theta)
+        fewest = budget.FEWEST_PARTICLES if small else budget.fewest_without_information(num_blocks)
         return self.num_particles or budget.default_num_particles(
             target.work(theta), control_variates=self._knows_units(theta), fewest=fewest
         )
@@ -263,21 +265,14 @@ class MomentumParticleMLE(ParticleAlgorithm):
         step = MomentumStep(metric, step_size, damping, self.scheme, self.averaging, self.restart)
         return MomentumUpdate(self._objective(theta), step, latents, self.simultaneous, self.theta_noise)
 
-    def _update_of(self, target: Target, state: MomentumState) -> MomentumUpdate:
-        return self._update(target, state.theta, *state.log_weights.shape)
-
     # -- update -------------------------------------------------------------------------------------------------------
     def _controls(self, state: MomentumState) -> dict[str, Array]:
-        theta, latents = state.motion.pace, state.cloud.pace
-        return {
-            "step_size": theta.step_size,
-            "momentum": theta.momentum,
-            "latent_step_size": latents.step_size,
-            "latent_momentum": latents.momentum,
-        }
+        own, latent = state.motion.pace, state.cloud.pace
+        controls = {"step_size": own.step_size, "momentum": own.momentum}
+        return controls | {"latent_step_size": latent.step_size, "latent_momentum": latent.momentum}
 
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
-        return self._update_of(target, state).step(target, state, controls)
+        return self._update(target, state.theta, *state.log_weights.shape).step(target, state, controls)
 
     # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
@@ -296,17 +291,12 @@ class MomentumParticleMLE(ParticleAlgorithm):
         """The loss in a state under the given data, without changing the state.
 
         For the marginal likelihood, which these particles do not know, it is the mean energy of the particles.
-
-        Args:
-            state: A state.
-            *args: Arguments of the model.
-            **kwargs: Keyword arguments of the model.
         """
         self._check_state(state)
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: MomentumState) -> Array:
-            return self._update_of(target, state).loss(target, state)
+            return self._update(target, state.theta, *state.log_weights.shape).loss(target, state)
 
         return self._program("evaluate", loss)(static, arrays, state)
 
@@ -317,19 +307,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
         See `ParticleAlgorithm.get_weighted_samples`.
         """
         self._check_state(state)
-        message = (
-            "MomentumParticleMLE does not weigh its particles, so their log weights are equal. Use get_samples, or "
-            "SMCOptimizer for weights and a running log evidence."
-        )
-        faults.warn_of([message])
+        faults.warn_of([UNWEIGHTED])
         return super().get_weighted_samples(state, *args, **kwargs)
 
     def damping_regime(self, diagnostics: dict[str, Array]) -> Damping:
-        """The damping of the motion of theta in the last half of a run; see `momentum.damping`.
-
-        Args:
-            diagnostics: Those of a run.
-        """
+        """The damping of the motion of theta in the last half of the run with these diagnostics."""
         return damping_regime(diagnostics["damping"])
 
     def _early_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> list[str | None]:
@@ -337,16 +319,15 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _instability(self, state: MomentumState, diagnostics: dict[str, Array]) -> str | None:
         """A given step that diverges in the first updates, with its limit."""
-        time_step, latent_time_step = self._time_steps[""], self._time_steps["latent_"]
         excess = faults.beyond_stability(diagnostics["stability"])
         if excess is not None:
-            return unstable_argument("", state.motion.pace, self.scheme, excess, False, time_step)
+            return unstable_argument("", state.motion.pace, self.scheme, excess, self._time_step)
         excess = faults.beyond_stability(diagnostics["latent_stability"])
         if excess is None or self.latent_step_size is None or not state.points.x.shape[1]:
             return None
         # Without a momentum of its own the damping of the particles is proportional to their step size.
         coupled = self.latent_damping is None
-        return unstable_argument("latent_", state.cloud.pace, uncorrected, excess, coupled, latent_time_step)
+        return unstable_argument("latent_", state.cloud.pace, uncorrected, excess, self._latent_time_step, coupled)
 
     def _known_information(self, state: MomentumState) -> Array | None:
         found = getattr(state.motion.metric, "information", None)
@@ -354,17 +335,15 @@ class MomentumParticleMLE(ParticleAlgorithm):
 
     def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
-        has_latents = state.points.x.shape[1] > 0
-        acceptance = float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))
         found = [
             faults.unmoved_theta(refused, int(state.num_updates)),
             faults.replaced_particles(int(np.sum(diagnostics["num_nonfinite"]))),
             faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
         ]
         stable = self._instability(state, diagnostics) is None
-        if stable and has_latents and int(state.num_updates) > SETTLED:
+        if stable and state.points.x.shape[1] and int(state.num_updates) > SETTLED:
             found.append(faults.biased_latents(float(np.median(diagnostics["latent_bias"][num // 2 :]))))
-            found.append(faults.frozen_particles(acceptance))
+            found.append(faults.frozen_particles(float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))))
         faults.warn_of(found)
         lost = np.sum(diagnostics["num_nonfinite"]) > LARGEST_LOSS * num * state.log_weights.size
         diverged = refused > num / 4 or refused > 0 and not stable

@@ -109,7 +109,7 @@ def _is_number(value: Any) -> bool:
 
 
 def unstable_argument(
-    block: str, pace: Integrator, scheme: IntegratorFn, excess: float, coupled: bool, time_step: float | None
+    block: str, pace: Integrator, scheme: IntegratorFn, excess: float, time_step: float | None, coupled: bool = False
 ) -> str:
     """The message about a step that is too long, with the limit of the argument that makes it.
 
@@ -118,8 +118,8 @@ def unstable_argument(
         pace: The step of the block.
         scheme: Makes the numbers of a step.
         excess: How many times larger ``h`` is than stable at the same ``z``.
-        coupled: Whether ``z`` is proportional to ``h``, as it always is to a time step; the limit is then another.
         time_step: ``dt``, if the block was described by it.
+        coupled: Whether ``z`` is proportional to ``h``, as it always is to a time step; the limit is then another.
     """
     step_size, damping = float(np.max(pace.step_size)), float(np.max(pace.damping))
     name, value = ("step_size", step_size) if time_step is None else ("time_step", time_step)
