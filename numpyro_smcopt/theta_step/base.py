@@ -12,7 +12,7 @@ every block above ``target_ess`` to first order: after one step, or after ``1 / 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 
@@ -55,7 +55,6 @@ class StepContext(NamedTuple):
     admit: Callable[[Array], Array] = lambda step: step
 
 
-@runtime_checkable
 class ThetaStep(Protocol):
     """Moves a flat ``theta [P]``; the state is a pytree of arrays.
 
@@ -71,7 +70,9 @@ class ThetaStep(Protocol):
         """The next ``theta`` and state."""
 
     def estimate(self, state: Any, theta: Array) -> Array:
-        """[P] the answer so far."""
+        """[P] the answer so far; the last iterate, unless a step says otherwise."""
+        del state
+        return theta
 
 
 def gain(reversals: Array, patience: float) -> Array:

@@ -25,7 +25,7 @@ def as_theta_step(optim: Any, target_ess: float | None = None) -> ThetaStep:
     Raises:
         TypeError: If it is something else, or `numpyro.optim.Minimize`, which takes no gradient.
     """
-    if isinstance(optim, ThetaStep):
+    if hasattr(optim, "estimate"):
         return optim
     if isinstance(optim, numpyro.optim.Minimize):
         raise TypeError(
@@ -45,7 +45,7 @@ def as_theta_step(optim: Any, target_ess: float | None = None) -> ThetaStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerStep:
+class OptimizerStep(ThetaStep):
     """Any optimiser that NumPyro knows, applied to the gradient estimate; the answer is the last iterate.
 
     Args:
@@ -75,14 +75,9 @@ class OptimizerStep:
         leaves = [theta if k in copies[:1] else leaf for k, leaf in enumerate(leaves)]
         return theta, jax.tree.unflatten(treedef, leaves)
 
-    def estimate(self, state: Any, theta: Array) -> Array:
-        """See `ThetaStep.estimate`."""
-        del state
-        return theta
-
 
 @dataclasses.dataclass(frozen=True)
-class GradientFlow:
+class GradientFlow(ThetaStep):
     """Gradient descent in the particles' own time: ``theta' = theta - ratio * elapsed * g``.
 
     Discretises ``dx = -grad_x U dt + sqrt(2) dW, dtheta = -ratio * grad F dt``, the two time scales of Marion et al.
@@ -110,8 +105,3 @@ class GradientFlow:
     def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
         return theta + around.admit(-self.ratio * around.elapsed * around.gradient), state
-
-    def estimate(self, state: Any, theta: Array) -> Array:
-        """See `ThetaStep.estimate`."""
-        del state
-        return theta
