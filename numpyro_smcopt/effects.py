@@ -8,7 +8,7 @@ and *diagnostic* sites after. All are `numpyro.deterministic` sites named ``smco
 `mutable` site that the algorithm's state carries.
 
 Order of handlers: ambient ones outermost (they win), then those bound at construction (the first is the outermost),
-then the recorder. A handler entered around an update that was already compiled *by the user*
+then the shell. A handler entered around an update that was already compiled *by the user*
 (`jax.jit(optimizer.update)`) is not seen, because jit does not look at the handler stack; `control` is, because it
 changes the key of every cache of jax.
 
@@ -53,43 +53,11 @@ def check_handlers(handlers: Any) -> tuple[Messenger, ...]:
     return tuple(handlers)
 
 
-class _Recorder(Messenger):
-    """Innermost handler: tells the others which sites are ours, records them, and feeds the state of handlers.
-
-    The unscoped name is kept in the message, so that `numpyro.handlers.scope`, which renames it, cannot break the
-    threading of the state.
-    """
-
-    def __init__(self, mutable_state: dict, first: bool) -> None:
-        self.carried = mutable_state
-        self.first = first
-        self.mutables: dict[str, Any] = {}
-        super().__init__()
-
-    def process_message(self, msg: dict) -> None:
-        name = msg.get("name", "")
-        if not isinstance(name, str) or not name.startswith(PREFIX) or msg["type"] not in ("deterministic", "mutable"):
-            return
-        msg["_smcopt"] = name.removeprefix(PREFIX)
-        msg["_smcopt_first"] = self.first
-        if msg["type"] == "mutable":
-            if name in self.mutables:
-                msg["value"] = self.mutables[name]
-            elif name in self.carried:
-                msg["value"] = dict(self.carried[name])
-            elif not self.first:
-                raise ValueError(
-                    f"A handler brought the mutable site '{name}', but at init there were {sorted(self.carried)}. "
-                    "Enter a handler that keeps a state before init, or bind it with `handlers=`."
-                )
-
-    def postprocess_message(self, msg: dict) -> None:
-        if msg["type"] == "mutable" and "_smcopt" in msg:
-            self.mutables[PREFIX + msg["_smcopt"]] = msg["value"]
-
-
-class Shell:
+class Shell(Messenger):
     """Announces the sites of one update; a context manager.
+
+    As the innermost handler it tells the others which sites are ours, and feeds and records their state. The unscoped
+    name is kept in the message, so that `numpyro.handlers.scope`, which renames it, cannot break the threading.
 
     Args:
         handlers: Handlers bound at construction.
@@ -97,21 +65,47 @@ class Shell:
     """
 
     def __init__(self, handlers: Sequence[Messenger], mutable_state: dict | None) -> None:
-        self._handlers = handlers
-        self._recorder = _Recorder(mutable_state or {}, first=mutable_state is None)
-        self._stack = ExitStack()
+        self._handlers, self._stack = handlers, ExitStack()
+        self._carried, self._first = mutable_state or {}, mutable_state is None
+        self._mutables: dict[str, Any] = {}
+        super().__init__()
 
     def __enter__(self) -> "Shell":
-        """Enter the bound handlers, then the recorder."""
-        for handler in (*self._handlers, self._recorder):
+        """Enter the bound handlers, then the shell itself."""
+        for handler in self._handlers:
             self._stack.enter_context(handler)
+        super().__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave them."""
+        super().__exit__(kind, error, trace)
         self._stack.__exit__(kind, error, trace)
+
+    def process_message(self, msg: dict) -> None:
+        """Mark what is ours, and give a handler the state that it left."""
+        name = msg.get("name", "")
+        if not isinstance(name, str) or not name.startswith(PREFIX) or msg["type"] not in ("deterministic", "mutable"):
+            return
+        msg["_smcopt"] = name.removeprefix(PREFIX)
+        msg["_smcopt_first"] = self._first
+        if msg["type"] == "mutable":
+            if name in self._mutables:
+                msg["value"] = self._mutables[name]
+            elif name in self._carried:
+                msg["value"] = dict(self._carried[name])
+            elif not self._first:
+                raise ValueError(
+                    f"A handler brought the mutable site '{name}', but at init there were {sorted(self._carried)}. "
+                    "Enter a handler that keeps a state before init, or bind it with `handlers=`."
+                )
+
+    def postprocess_message(self, msg: dict) -> None:
+        """Record the state of a handler."""
+        if msg["type"] == "mutable" and "_smcopt" in msg:
+            self._mutables[PREFIX + msg["_smcopt"]] = msg["value"]
 
     def controls(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Announce the control sites.
@@ -147,13 +141,13 @@ class Shell:
         Raises:
             ValueError: If a handler withheld the state that it brought when the run began.
         """
-        missing = set(self._recorder.carried) - set(self._recorder.mutables)
+        missing = set(self._carried) - set(self._mutables)
         if missing:
             raise ValueError(
                 f"The handlers of the mutable sites {sorted(missing)} were there at init, but no longer are. Keep them "
                 "entered during the whole run, or bind them with `handlers=`."
             )
-        return dict(self._recorder.mutables)
+        return dict(self._mutables)
 
 
 def _check(does: str, announced: Mapping[str, Any]) -> None:
