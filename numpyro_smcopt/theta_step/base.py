@@ -66,7 +66,7 @@ class ThetaStep(Protocol):
     def init(self, theta: Array) -> Any:
         """The state at the start."""
 
-    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, context: StepContext) -> tuple[Array, Any]:
         """The next ``theta`` and state."""
 
     def estimate(self, state: Any, theta: Array) -> Array:

@@ -72,10 +72,10 @@ class FisherStep:
         zero, matrix = jnp.zeros((), jnp.int32), jnp.zeros((theta.shape[0],) * 2, theta.dtype)
         return FisherState(zero, zero, matrix, jnp.zeros_like(theta), theta)
 
-    def update(self, state: FisherState, theta: Array, around: StepContext) -> tuple[Array, FisherState]:
+    def update(self, state: FisherState, theta: Array, context: StepContext) -> tuple[Array, FisherState]:
         """See `ThetaStep.update`."""
         # Metric
-        newest, weight = around.fisher(), jnp.maximum(1.0 / (state.num_updates + 1), self.forgetting)
+        newest, weight = context.fisher(), jnp.maximum(1.0 / (state.num_updates + 1), self.forgetting)
         usable = jnp.all(jnp.isfinite(newest.matrix))
         mixed = state.fisher + weight.astype(theta.dtype) * (newest.matrix - state.fisher)
         fisher = jnp.where(usable, mixed, state.fisher)
@@ -85,28 +85,28 @@ class FisherStep:
         # Direction
         scale = jnp.where(known, 1 / jnp.sqrt(jnp.where(known, jnp.diag(fisher), 1.0)), 0.0)
         metric = fisher * scale[:, None] * scale + jnp.diag(jnp.where(known, ridge, 1.0))
-        natural = scale * jnp.linalg.solve(metric, scale * around.gradient)
-        direction = -natural / jnp.maximum(around.curvature, 1e-30)
+        natural = scale * jnp.linalg.solve(metric, scale * context.gradient)
+        direction = -natural / jnp.maximum(context.curvature, 1e-30)
         direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
 
         # Gain
-        reversals = state.reversals + (jnp.vdot(around.gradient, state.last) > 0).astype(jnp.int32)
+        reversals = state.reversals + (jnp.vdot(context.gradient, state.last) > 0).astype(jnp.int32)
         step = gain(reversals, self.patience).astype(theta.dtype) * direction
 
         # Length and average
         spread = step @ fisher @ step + ridge * (step**2 @ jnp.diag(fisher))
-        step = shortened(step, spread, self.target_ess, around.reach)
-        step = self._tried(step, spread, around)
-        theta = theta + around.admit(step)
+        step = shortened(step, spread, self.target_ess, context.reach)
+        step = self._tried(step, spread, context)
+        theta = theta + context.admit(step)
         average = averaged(state.average, theta, reversals)
         return theta, FisherState(state.num_updates + 1, reversals, fisher, direction, average)
 
-    def _tried(self, step: Array, spread: Array, around: StepContext) -> Array:
+    def _tried(self, step: Array, spread: Array, context: StepContext) -> Array:
         """The step, halved until it leaves what it should. Short steps do, and are not tried."""
 
         def goes_on(carry: tuple[Array, Array]) -> Array:
             halvings, step = carry
-            return (halvings < MOST_HALVINGS) & (around.conditional_ess(step) < self.target_ess**TOLERANCE)
+            return (halvings < MOST_HALVINGS) & (context.conditional_ess(step) < self.target_ess**TOLERANCE)
 
         def halve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
             return carry[0] + 1, carry[1] / 2

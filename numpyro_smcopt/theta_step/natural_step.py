@@ -84,24 +84,24 @@ class NaturalStep:
         information = Information(matrix, matrix, jnp.ones((), theta.dtype))
         return NaturalState(zero, zero, information, matrix, jnp.zeros_like(theta), theta)
 
-    def update(self, state: NaturalState, theta: Array, around: StepContext) -> tuple[Array, NaturalState]:
+    def update(self, state: NaturalState, theta: Array, context: StepContext) -> tuple[Array, NaturalState]:
         """See `ThetaStep.update`."""
         # Metric
-        information, metric = self._refresh(state, around)
+        information, metric = self._refresh(state, context)
 
         # Direction
-        direction = -metric @ around.gradient
+        direction = -metric @ context.gradient
         direction = jnp.where(jnp.all(jnp.isfinite(direction)), direction, 0.0)
 
         # Gain
-        reversals = state.reversals + (jnp.vdot(around.gradient, state.last) > 0).astype(jnp.int32)
+        reversals = state.reversals + (jnp.vdot(context.gradient, state.last) > 0).astype(jnp.int32)
         step = gain(reversals, self.patience).astype(theta.dtype) * direction
 
         # Length
         spread = information.largest_share * (step @ information.missing @ step)
 
         # Average
-        theta = theta + around.admit(shortened(step, spread, self.target_ess))
+        theta = theta + context.admit(shortened(step, spread, self.target_ess))
         average = averaged(state.average, theta, reversals)
         return theta, NaturalState(state.num_updates + 1, reversals, information, metric, direction, average)
 
@@ -110,10 +110,10 @@ class NaturalStep:
         del theta
         return state.average
 
-    def _refresh(self, state: NaturalState, around: StepContext) -> tuple[Information, Array]:
+    def _refresh(self, state: NaturalState, context: StepContext) -> tuple[Information, Array]:
         def renew(_: None) -> tuple[Information, Array]:
             renewals = state.num_updates // self.refresh_every
-            information, usable = running_mean(state.information, around.information(), renewals, self.forgetting)
+            information, usable = running_mean(state.information, context.information(), renewals, self.forgetting)
             # Without any usable information theta stays where it is.
             return information, jnp.where(usable, inverse_metric(information, self.floor), state.metric)
 

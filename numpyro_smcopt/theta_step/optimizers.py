@@ -61,13 +61,13 @@ class OptimizerStep(ThetaStep):
         """See `ThetaStep.init`."""
         return self.optim.init(theta)
 
-    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, context: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
-        new = self.optim.update(around.gradient, state, value=around.loss)
+        new = self.optim.update(context.gradient, state, value=context.loss)
         step = self.optim.get_params(new) - theta
         if self.target_ess is not None:
-            step = shortened(step, around.spread(step), self.target_ess, around.reach)
-        theta = theta + around.admit(step)
+            step = shortened(step, context.spread(step), self.target_ess, context.reach)
+        theta = theta + context.admit(step)
         # The optimiser keeps a copy of theta, which must not go another way: the leaf that `init` passes through.
         leaves, treedef = jax.tree.flatten(new)
         program = jax.make_jaxpr(self.optim.init)(theta).jaxpr
@@ -102,6 +102,6 @@ class GradientFlow(ThetaStep):
         del theta
         return ()
 
-    def update(self, state: Any, theta: Array, around: StepContext) -> tuple[Array, Any]:
+    def update(self, state: Any, theta: Array, context: StepContext) -> tuple[Array, Any]:
         """See `ThetaStep.update`."""
-        return theta + around.admit(-self.ratio * around.elapsed * around.gradient), state
+        return theta + context.admit(-self.ratio * context.elapsed * context.gradient), state
