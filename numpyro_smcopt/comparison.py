@@ -65,8 +65,8 @@ def compare(models: Mapping[str, Report | LogEvidence]) -> Comparison:
             model.log_evidence,
             best.log_evidence - model.log_evidence,
             0.0 if model is best else math.hypot(best.log_evidence_std, model.log_evidence_std),
-            model.aic if isinstance(model, Report) else math.nan,
-            model.bic if isinstance(model, Report) else math.nan,
+            getattr(model, "aic", math.nan),
+            getattr(model, "bic", math.nan),
         )
         for name, model in models.items()
     ]

@@ -3,13 +3,13 @@
 """The log marginal likelihood of any NumPyro model, with an error from one run.
 
 A first population is tempered from the prior to the posterior; it shows where the posterior lies, all modes that the
-prior reaches included. There a reference distribution is put, and weighed draws from it give an unbiased estimate of
-``p(y)``; where they do not suffice, independent tempered populations do (see `reporting.islands`).
+prior reaches included. There a mixture is put, and weighed draws from it give an unbiased estimate of
+``p(y)``; where they do not suffice, independent tempered populations do (see `reporting.replicates`).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,36 +34,15 @@ from numpyro_smcopt.potential import (
     split_arguments,
     strong,
 )
-from numpyro_smcopt.reporting.exploration import Cloud, about_draws, explore
-from numpyro_smcopt.reporting.reference import SIZE
+from numpyro_smcopt.reporting.evidence_at import EvidenceAt
+from numpyro_smcopt.reporting.evidence_at import LogEvidence as LogEvidence
+from numpyro_smcopt.reporting.proposal_mixture import SIZE
+from numpyro_smcopt.reporting.replicates import Draws
+from numpyro_smcopt.reporting.report_texts import about_draws
 from numpyro_smcopt.runs.compilation import Program
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 REMEMBERED_MODELS = 32  # whose compiled programs are kept
-
-
-class LogEvidence(NamedTuple):
-    """What `log_evidence` returns.
-
-    Attributes:
-        log_evidence: The log marginal likelihood.
-        log_evidence_std: Its Monte Carlo standard deviation.
-        samples: Draws from the posterior: latent and deterministic sites, [S, ...] each.
-        log_weights: [S] their normalised log weights; equal where the latents fall into several blocks.
-        ess: Effective number of draws, in the worst block.
-        laplace: The Laplace approximation of the log evidence; NaN where there is none.
-        tempered: Whether the draws from the reference did not suffice, so that populations were tempered.
-        num_particles: Draws behind the estimate; those of the populations if they were tempered, 0 without latents.
-    """
-
-    log_evidence: float
-    log_evidence_std: float
-    samples: dict[str, Array]
-    log_weights: Array
-    ess: float
-    laplace: float
-    tempered: bool
-    num_particles: int
 
 
 def log_evidence(
@@ -84,7 +63,7 @@ def log_evidence(
         *args: Arguments of the model.
         params: Constrained values of all param sites, for instance ``result.params``.
         rng_key: Randomness (default ``random.key(0)``).
-        num_particles: Draws from the reference; rounded up to whole islands of 192, four at least. By default about
+        num_particles: Draws from a mixture; rounded up to whole replicates of 192, four at least. By default about
             12,000, fewer for models whose density is expensive. Where they do not suffice, as many particles are
             tempered in their place, but never fewer than 3,072 (sixteen populations of 192, without whose spread no
             error could be stated): 1,000 may then cost what 3,072 do, and many evaluations for each. The result says
@@ -114,41 +93,36 @@ def log_evidence(
         raise TypeError(f"model must be a callable with NumPyro primitives, got {type(model).__name__}.")
     if rng_key is not None:
         check_key(rng_key)
+    key = random.key(0) if rng_key is None else rng_key
+    key_params, key_blocks, key_cloud, key_draw = random.split(key, 4)
+    start, params = _start(key_params, model, args, kwargs, {} if params is None else params)
+    kernel = kernel or HMC()
+    blocks = start_blocks(key_blocks, start, partition)
+    cloud = _first_cloud(key_cloud, start, blocks, kernel)
+    num_replicates = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
+    found = EvidenceAt(key_draw, start, cloud, blocks, kernel, num_replicates=num_replicates)(params).evidence
+    faults.warn_of(about_draws(found))
+    return found
+
+
+def _start(rng_key: Array, model: Model, args: tuple, kwargs: dict, params: Params) -> tuple[Start, Params]:
+    """The model bound to its arguments, and the values of all param sites as arrays."""
     arrays, static = split_arguments(args, kwargs)
     target = make_target(model, *join_arguments(arrays, static))
-    params = {} if params is None else params
     check_init_params(target.sites.params, params)
     if missing := [name for name in target.sites.params if name not in params]:
         raise ValueError(
             f"log_evidence needs values of all param sites, but params lacks {missing}. Pass params=result.params of a "
             "fit, or values of your own."
         )
-    key = random.key(0) if rng_key is None else rng_key
-    key_params, key_blocks, key_cloud, key_draw = random.split(key, 4)
     program = _programs_of(model)
     params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf, jnp.result_type(float))), params)
-    params, theta = program("read", Target.initial_params)(static, arrays, key_params, params)
+    params, theta = program("read", Target.initial_params)(static, arrays, rng_key, params)
     check_start(params, theta)
-    start = Start(program, static, arrays, target, theta)
-    kernel = kernel or HMC()
-    blocks = start_blocks(key_blocks, start, partition)
-    cloud = _first_cloud(key_cloud, start, blocks, kernel)
-    num_islands = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
-    found = explore(key_draw, start, params, cloud, kernel, num_islands=num_islands)
-    faults.warn_of(about_draws(found))
-    return LogEvidence(
-        found.log_evidence,
-        found.std,
-        found.samples,
-        found.log_weights,
-        float(np.min(found.ess)),
-        found.laplace,
-        found.tempered,
-        found.num_particles,
-    )
+    return Start(program, static, arrays, target, theta), params
 
 
-def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: InvariantKernel) -> Cloud:
+def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: InvariantKernel) -> Draws:
     """Particles of the posterior, found from the prior."""
     num = 2 * budget.default_num_particles(start.target.work(start.theta))
 
@@ -163,10 +137,10 @@ def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: Invariant
         return cloud.points.x, cloud.points.terms, jnp.sum(cloud.unfinished)
 
     if start.target.sites.num_latents == 0:
-        return Cloud(jnp.zeros((1, 0)), jnp.zeros((1, 1)), blocks)
+        return Draws(jnp.zeros((1, 0)), jnp.zeros((1, 1)))
     x, terms, _ = start.call(("first", num, kernel), program, rng_key, start.theta, blocks)
     refuse_hopeless(start, np.isfinite(np.asarray(terms)))
-    return Cloud(x, jnp.full((num, blocks.num_blocks), -np.log(num), x.dtype), blocks)
+    return Draws(x, jnp.full((num, blocks.num_blocks), -np.log(num), x.dtype))
 
 
 @functools.lru_cache(maxsize=REMEMBERED_MODELS)

@@ -67,7 +67,7 @@ def to_arviz(
         ImportError: If ArviZ is not installed.
         ValueError: If there are not as many reports as results.
     """
-    results = [result] if isinstance(result, RunResult) else list(result)
+    results: list[Any] = [result] if hasattr(result, "trajectory") else list(result)
     reports = [None] * len(results) if report is None else list(report) if isinstance(report, list) else [report]
     if len(reports) != len(results):
         raise ValueError(f"There are {len(results)} results and {len(reports)} reports; pass one report per result.")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from numpyro_smcopt.blocks import Blocks
@@ -21,6 +22,7 @@ from numpyro_smcopt.types import Array
 from numpyro_smcopt.weights import small_sample_factor
 
 DIRECTIONS_AT_ONCE_BUDGET = 3e7  # numbers held by one batch of directional derivatives
+RESOLVED = 1e-6  # eigenvalue of a complete-data information, relative to its largest: less is rounding
 ROUNDING = 32.0  # in units of the precision: the relative spread of a score below which it has none
 
 
@@ -136,3 +138,18 @@ def fisher_information(scores: Array, log_weights: Array) -> Fisher:
     square = jnp.einsum("n,np->p", weights, scores**2, precision="highest")
     known = jnp.diag(matrix) > (ROUNDING * jnp.finfo(matrix.dtype).eps) ** 2 * square
     return Fisher(jnp.where(known & known[:, None], matrix, 0.0), 1 / jnp.sum(weights**2))
+
+
+def whitening(information: np.ndarray) -> np.ndarray:
+    """[P, P] ``F`` with ``F^T H F`` near the identity for a complete-data information ``H [P, P]``.
+
+    It is the root of the inverse that is symmetric up to units, so that each column stays as near to the coordinate of
+    its number as it can. Columns are long but finite where ``H`` has no rank, and of unit length where it is zero.
+    """
+    information = np.where(np.isfinite(information), information, 0.0)
+    size = np.sqrt(np.abs(np.diag(information)))
+    scale = 1 / np.where(size > 0, size, 1.0)
+    correlation = np.where(size[:, None] * size > 0, information * scale[:, None] * scale, np.eye(len(size)))
+    values, vectors = np.linalg.eigh((correlation + correlation.T) / 2)
+    floored = np.maximum(np.abs(values), RESOLVED * np.max(np.abs(values), initial=0.0))
+    return scale[:, None] * (vectors / np.sqrt(floored)) @ vectors.T

@@ -292,25 +292,9 @@ def _can_match(num: int, blocks: Blocks) -> bool:
     return blocks.width <= num // 4
 
 
-class WarmStart(NamedTuple):
-    """Where a warm start arrived.
-
-    Attributes:
-        theta: [P].
-        mode: [D] mode of the latents there.
-        iterations: Expansions used.
-        converged: Whether the predicted gain of a further step became negligible.
-    """
-
-    theta: np.ndarray
-    mode: np.ndarray
-    iterations: int
-    converged: bool
-
-
 def warm_start(
     expand_fn: Callable[[Any, Any], Expansion], theta: np.ndarray, x: np.ndarray, bounded: np.ndarray
-) -> WarmStart | None:
+) -> "WarmStart | None":
     """Walk towards the maximum of the Laplace approximation of the marginal likelihood.
 
     Args:
@@ -325,15 +309,22 @@ def warm_start(
     here = jax.device_get(expand_fn(theta, x))
     if not _usable(here):
         return None
-    walk = _Walk(expand_fn, theta, here, bounded)
+    walk = WarmStart(expand_fn, theta, here, bounded)
     walk.descend()
     while walk.looks < MOST_LOOKS and walk.look_beyond_plateaus():
         walk.descend()
-    return WarmStart(walk.theta, np.asarray(walk.here.mode.x), walk.steps + walk.looks, walk.converged)
+    return walk
 
 
-class _Walk:
-    """Where a warm start is; on the host."""
+class WarmStart:
+    """A walk on the host, and where it has arrived.
+
+    Attributes:
+        theta: [P].
+        here: The expansion there.
+        steps, looks: Expansions used, downhill and along scales.
+        converged: Whether the predicted gain of a further step became negligible.
+    """
 
     def __init__(
         self, expand_fn: Callable[[Any, Any], Expansion], theta: np.ndarray, here: Expansion, bounded: np.ndarray
@@ -341,6 +332,16 @@ class _Walk:
         self.expand_fn, self.bounded = expand_fn, bounded
         self.theta, self.here = theta, here
         self.steps, self.looks, self.converged = 1, 0, False
+
+    @property
+    def mode(self) -> np.ndarray:
+        """[D] mode of the latents."""
+        return np.asarray(self.here.mode.x)
+
+    @property
+    def iterations(self) -> int:
+        """Expansions used."""
+        return self.steps + self.looks
 
     def descend(self) -> None:
         """Go downhill to the end."""

@@ -245,8 +245,8 @@ def plot_latents(
     return figure
 
 
-def _runs(result: RUNS) -> list[RunResult]:
-    return [result] if isinstance(result, RunResult) else list(result)
+def _runs(result: Any) -> list[RunResult]:
+    return [result] if hasattr(result, "trajectory") else list(result)
 
 
 def _scalars(run: RunResult, names: Sequence[str] | None) -> list[tuple[str, str, tuple[Any, ...]]]:

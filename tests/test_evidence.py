@@ -15,7 +15,7 @@ from scipy import stats
 
 from numpyro_smcopt import log_evidence
 from numpyro_smcopt.population.budget import TEMPERED_ISLANDS
-from numpyro_smcopt.reporting import exploration, islands, reference
+from numpyro_smcopt.reporting import proposal_mixture, replicates, report_texts
 
 SEEDS = range(10)
 STANDARD_ERRORS = 4.0
@@ -122,7 +122,7 @@ def test_two_modes_are_both_found():
 
 
 def test_tempered_populations_are_as_many_as_were_asked_for(monkeypatch):
-    monkeypatch.setattr(islands, "FEWEST_EFFECTIVE", np.inf)
+    monkeypatch.setattr(replicates, "FEWEST_EFFECTIVE", np.inf)
     for asked, used in ((3000, 3072), (6000, 6144)):
         found = log_evidence(two_modes, 2, 0.3, num_particles=asked)
         assert found.tempered and found.num_particles == used
@@ -132,9 +132,9 @@ def test_tempered_populations_are_as_many_as_were_asked_for(monkeypatch):
 @pytest.mark.parametrize("missed", [False, True], ids=["from the reference", "from the prior"])
 def test_tempering_where_the_reference_does_not_suffice(monkeypatch, missed):
     if missed:
-        monkeypatch.setattr(islands, "MISSED", 0.0)  # the reference is never believed
+        monkeypatch.setattr(replicates, "MISSED", 0.0)  # the reference is never believed
     else:
-        monkeypatch.setattr(islands, "FEWEST_EFFECTIVE", np.inf)
+        monkeypatch.setattr(replicates, "FEWEST_EFFECTIVE", np.inf)
     found, values, errors = estimates(two_modes, 2, 0.3, seeds=range(8))
     assert all(f.tempered for f in found)
     deviations = values - exact_two_modes(2, 0.3)
@@ -146,22 +146,27 @@ def test_tempering_where_the_reference_does_not_suffice(monkeypatch, missed):
     assert abs(np.mean([np.mean(f.samples["x"][:, 0] > 0) for f in found]) - 0.5) < 0.1
 
 
+def moments(weight, ratio):
+    """What `replicates.weigh_replicates` sums up, from weights [R, N, B] and ratios [R, N, B, C - 1]."""
+    v = np.concatenate([np.ones_like(weight)[..., None], weight[..., None], ratio], -1)
+    return np.einsum("rnbi,rnbj->rbij", v, v) / v.shape[1]
+
+
 def test_a_mode_without_reference_is_noticed():
     """Particles of the posterior lie where the reference hardly goes: they would weigh too much."""
     rng = np.random.default_rng(0)
     weight = np.exp(0.1 * rng.standard_normal((8, 192, 1)))
-    ratio = np.zeros((8, 1, 3))
-    tally = islands.Tally(weight.mean(1), (weight**2).mean(1), ratio, np.zeros((8, 1, 3, 3)), ratio)
+    found = moments(weight, np.zeros((8, 192, 1, 3)))
     probes = np.full((50, 1), -np.log(50))
     inside, outside = np.zeros((50, 1)), np.where(np.arange(50) < 40, 0.0, 8.0)[:, None]
-    assert islands.combine_weighed(tally, inside, probes).trustworthy
-    assert not islands.combine_weighed(tally, outside, probes).trustworthy
+    assert replicates.combine_weighed(found, inside, probes).trustworthy
+    assert not replicates.combine_weighed(found, outside, probes).trustworthy
 
 
 def test_draws_of_the_reference_are_independent_across_coordinates():
     """Each draw has the right joint law: a lattice that is shifted too little does not."""
     uniforms = jnp.asarray(np.random.default_rng(0).uniform(size=(4000, 2, 4)), jnp.float32)
-    draws = np.asarray(jax.vmap(lambda u: reference._lattice(u, 16))(uniforms))  # [4000, 16, 4]
+    draws = np.asarray(jax.vmap(lambda u: proposal_mixture._lattice(u, 16))(uniforms))  # [4000, 16, 4]
     for values in (draws[:, 0], draws[:, 5]):
         products = np.stack([values[:, i] * values[:, j] for i in range(4) for j in range(i)], 1)
         assert np.all(abs(z_score(products, 0.0)) < STANDARD_ERRORS)
@@ -198,26 +203,13 @@ def test_slopes_of_other_islands_leave_no_bias():
     rng = np.random.default_rng(0)
     num, draws = 20_000, 12
 
-    def tally():
-        # w = 1 + r_0 + 0.3 r_1 + noise, r of mean zero
-        ratio = rng.exponential(size=(num, 4, draws, 3)) - 1
-        weight = 1 + ratio[..., 0] + 0.3 * ratio[..., 1] + 0.1 * rng.standard_normal((num, 4, draws))
-        mean = lambda v: v.mean(2)  # noqa: E731
-        return islands.Tally(
-            mean(weight),
-            mean(weight**2),
-            mean(ratio),
-            np.einsum("arni,arnj->arij", ratio, ratio) / draws,
-            mean(weight[..., None] * ratio),
-        )
-
-    tallies = tally()
-    # The blocks of one call are the repetitions.
-    flipped = islands.Tally(*(np.moveaxis(v, 0, 1) for v in tallies))
-    found = islands.combine_weighed(flipped, np.zeros((1, num)), np.zeros((1, num)))
+    # w = 1 + r_0 + 0.3 r_1 + noise, r of mean zero. The blocks of one call are the repetitions.
+    ratio = rng.exponential(size=(4, draws, num, 3)) - 1
+    weight = 1 + ratio[..., 0] + 0.3 * ratio[..., 1] + 0.1 * rng.standard_normal((4, draws, num))
+    found = replicates.combine_weighed(moments(weight, ratio), np.zeros((1, num)), np.zeros((1, num)))
     estimate = np.exp(found.log_evidence)
     assert abs(estimate.mean() - 1.0) < STANDARD_ERRORS * estimate.std() / np.sqrt(num)
-    assert estimate.std() < 0.5 * tallies.weight.mean(1).std()
+    assert estimate.std() < 0.5 * weight.mean((0, 1)).std()
 
 
 def test_a_key_gives_the_same_answer_and_another_key_another():
@@ -227,6 +219,6 @@ def test_a_key_gives_the_same_answer_and_another_key_another():
 
 
 def test_few_draws_are_said(monkeypatch):
-    monkeypatch.setattr(exploration, "FEW_DRAWS", 1e9)
+    monkeypatch.setattr(report_texts, "FEW_DRAWS", 1e9)
     with pytest.warns(UserWarning, match="effective draws in the worst block"):
         log_evidence(cauchy_prior, np.array([2.0, 3.5, 1.0, 4.0]), num_particles=1000)

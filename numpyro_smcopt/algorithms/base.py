@@ -3,8 +3,8 @@
 """What the algorithms share: SVI's methods around a pure step, samples and a report.
 
 Every method checks what it is given, binds the model to its arguments, and calls what does the work: `running` and
-`many_runs` for runs, `resuming` for checkpoints, `summary` for reports. What an algorithm has to say for that is the
-abstract part of `contract.Algorithm`.
+`many_runs` for runs, `resuming` for checkpoints, `build_report` for reports. What an algorithm has to say for that is
+the abstract part of `contract.Algorithm`.
 """
 
 import os
@@ -29,7 +29,7 @@ from numpyro_smcopt.potential import (
     pointwise_log_likelihood,
     strong,
 )
-from numpyro_smcopt.reporting import summary
+from numpyro_smcopt.reporting import build_report
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult
 from numpyro_smcopt.runs import resume, running
@@ -326,7 +326,7 @@ class ParticleAlgorithm(Algorithm):
     def _log_evidence_at(
         self, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
     ) -> tuple[float, float]:
-        return summary.log_evidence_at(self, rng_key, arrays, static, state)
+        return build_report.log_evidence_at(self, rng_key, arrays, static, state)
 
     # -- report -------------------------------------------------------------------------------------------------------
     def summarize(self, rng_key: Array, state: Any, *args: Any, sandwich: bool = False, **kwargs: Any) -> Report:
@@ -351,4 +351,4 @@ class ParticleAlgorithm(Algorithm):
         check_key(rng_key)
         self._refuse_wrong_blocks(state)
         arrays, static = self._bind_again(args, kwargs)
-        return summary.summarize(self, rng_key, arrays, static, state, sandwich)
+        return build_report.summarize(self, rng_key, arrays, static, state, sandwich)

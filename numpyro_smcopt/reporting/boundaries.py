@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from numpyro_smcopt.reporting.coordinates import acts_elementwise, ravel
-from numpyro_smcopt.reporting.exploration import Exploration
+from numpyro_smcopt.reporting.evidence_at import Exploration
 from numpyro_smcopt.reporting.standard_errors import curvature_of
 from numpyro_smcopt.types import Params
 
@@ -69,12 +69,12 @@ def find_boundaries(
     way to the boundary.
 
     Args:
-        found: The exploration at the estimate, with slopes.
+        found: The exploration at the estimate, with derivatives.
         explore: The same at other constrained parameters.
         complete: [P, P] complete-data information with latents that stay, see `standard_errors.curvature_of`.
     """
-    slopes, flat = found.slopes, ravel(found.fixed.theta)
-    assert slopes is not None
+    derivatives, here, flat = found.derivatives, found.evidence, ravel(found.fixed.theta)
+    assert derivatives is not None
     constraints = found.fixed.constraints
     alone = {name: acts_elementwise(constraint) for name, constraint in constraints.items()}
     elementwise = {
@@ -82,14 +82,16 @@ def find_boundaries(
         for name, tree in found.fixed.theta.items()
     }
     can_be = found.fixed.bounded & (ravel(elementwise) > 0)
-    information = np.diag(slopes.information.mean(0))
+    information = np.diag(derivatives.information.mean(0))
     boundaries = {}
     for k in np.flatnonzero(can_be & (np.abs(information) <= FLAT)):
         for side in (-1.0, 1.0):
             beyond = flat.copy()
             beyond[k] += side * FAR
-            there = explore(found.fixed.constrained(beyond))
-            if there.log_evidence >= found.log_evidence - RISE - 3 * np.hypot(there.std, found.std):
+            there = explore(found.fixed.constrained(beyond)).evidence
+            if there.log_evidence >= here.log_evidence - RISE - 3 * np.hypot(
+                there.log_evidence_std, here.log_evidence_std
+            ):
                 boundaries[int(k)] = _profile(int(k), -side, found, explore, complete)
                 break
     return boundaries
@@ -109,12 +111,14 @@ def _profile(
     def at(value: float) -> tuple[np.ndarray, float]:
         theta = np.where(held, value, flat)
         there = explore(found.fixed.constrained(theta))
-        slopes = there.slopes
-        assert slopes is not None
-        curvature = curvature_of(slopes.score, slopes.information, slopes.complete, [""] * len(flat), held, complete)
-        score = slopes.score.mean(0)
+        derivatives = there.derivatives
+        assert derivatives is not None
+        curvature = curvature_of(
+            derivatives.score, derivatives.information, derivatives.complete, [""] * len(flat), held, complete
+        )
+        score = derivatives.score.mean(0)
         follow = -curvature.covariance @ score
-        return theta + follow, float(there.log_evidence - score @ follow / 2)
+        return theta + follow, float(there.evidence.log_evidence - score @ follow / 2)
 
     here, thetas, heights = float(flat[k]), [], []
     for _ in range(PROFILE_POINTS):
@@ -132,8 +136,12 @@ def _profile(
     limit = ravel(found.fixed.constrained(np.where(held, -direction * np.inf, flat)))[k]
     top, rise = int(np.argmax(heights)), 0.0
     if heights[top] - heights[0] > RISE:
-        there = explore(found.fixed.constrained(thetas[top]))
-        rise = there.log_evidence - heights[0] - 3 * float(np.hypot(there.std, found.std))
+        there = explore(found.fixed.constrained(thetas[top])).evidence
+        rise = (
+            there.log_evidence
+            - heights[0]
+            - 3 * float(np.hypot(there.log_evidence_std, found.evidence.log_evidence_std))
+        )
     return Boundary(float(limit), values, drops, (float(values[top]), rise) if rise > RISE else None)
 
 

@@ -11,56 +11,62 @@ from typing import NamedTuple
 import numpy as np
 
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION
-from numpyro_smcopt.reporting import reference
+from numpyro_smcopt.reporting import proposal_mixture
 
 DRAWS_WORK = 1e9  # array elements that the draws of a report may cost
-SLOPES_WORK = 3e8  # draws times parameters times work that its derivatives may cost beyond the fewest islands
-INFORMATION_WORK = 3e9  # the same for second derivatives: what the fewest islands may cost
+DERIVATIVES_WORK = 3e8  # draws times parameters times work that its derivatives may cost beyond the fewest replicates
+INFORMATION_WORK = 3e9  # the same for second derivatives: what the fewest replicates may cost
 SCORES_WORK = 1e9  # draws times work that its scores may cost
 FREEDOM = 40  # independent blocks of draws for every parameter, so that an inverse is not biased by their noise
-FEWEST_ISLANDS, MOST_ISLANDS = 8, 64
-TEMPERED_ISLANDS = 16  # of fewer the spread, and with it the stated error, is itself uncertain
-WIDE_ISLANDS = 8
+FEWEST_REPLICATES, MOST_REPLICATES = 8, 64
+TEMPERED_REPLICATES = 16  # of fewer the spread, and with it the stated error, is itself uncertain
+WIDE_REPLICATES = 8
 TRANSPORT_WORK = 1e10  # array elements of the transport of the latents, which is differentiated three times
 
 
-def num_islands(work: int) -> int:
+def num_replicates(work: int) -> int:
     """Independent sets of draws behind a report; even, so that they can be halved."""
-    return 2 * int(np.clip(DRAWS_WORK / (2 * reference.SIZE * work), FEWEST_ISLANDS / 2, MOST_ISLANDS / 2))
+    return 2 * int(np.clip(DRAWS_WORK / (2 * proposal_mixture.SIZE * work), FEWEST_REPLICATES / 2, MOST_REPLICATES / 2))
 
 
-class SlopeDraws(NamedTuple):
+class DerivativeDraws(NamedTuple):
     """The draws behind the derivatives of a report.
 
     Attributes:
-        islands: How many islands they come from; 0 if there are no derivatives.
-        score: Draws of each island that first derivatives are averages over.
-        information: Draws of each island that second derivatives are taken from, one pass for every parameter.
+        replicates: How many replicates they come from; 0 if there are no derivatives.
+        score: Draws of each replicate that first derivatives are averages over.
+        information: Draws of each replicate that second derivatives are taken from, one pass for every parameter.
+        outer: Whether the outer product of the scores of independent units is wanted, too.
     """
 
-    islands: int
+    replicates: int
     score: int
     information: int
+    outer: bool = False
 
 
-def num_informing(num_islands: int, num_params: int, work: int) -> int:
-    """How many islands derivatives are taken from; none if there are too many parameters."""
+def num_informing(num_replicates: int, num_params: int, work: int) -> int:
+    """How many replicates derivatives are taken from; none if there are too many parameters."""
     if not 0 < num_params <= LARGEST_INFORMATION:
         return 0
-    return int(np.clip(SLOPES_WORK / (reference.SIZE * num_params * work), FEWEST_ISLANDS, num_islands))
+    return int(
+        np.clip(DERIVATIVES_WORK / (proposal_mixture.SIZE * num_params * work), FEWEST_REPLICATES, num_replicates)
+    )
 
 
-def slope_draws(num_islands: int, size: int, num_params: int, num_blocks: int, work: int) -> SlopeDraws:
-    """How many draws of ``num_islands`` islands of ``size`` draws each derivatives are taken from.
+def derivative_draws(
+    num_replicates: int, size: int, num_params: int, num_blocks: int, work: int, outer: bool = False
+) -> DerivativeDraws:
+    """How many draws of ``num_replicates`` replicates of ``size`` draws each derivatives are taken from.
 
     What depends on independent blocks, as the missing information does, is known from a few draws of many blocks.
     """
-    if num_islands == 0:
-        return SlopeDraws(0, 0, 0)
-    free = FREEDOM * num_params / (num_islands * num_blocks) + 1
-    information = _some_of(size, max(free, INFORMATION_WORK / (num_islands * num_params * work)))
-    score = _some_of(size, max(information, SCORES_WORK / (num_islands * work)))
-    return SlopeDraws(num_islands, score, information)
+    if num_replicates == 0:
+        return DerivativeDraws(0, 0, 0)
+    free = FREEDOM * num_params / (num_replicates * num_blocks) + 1
+    information = _some_of(size, max(free, INFORMATION_WORK / (num_replicates * num_params * work)))
+    score = _some_of(size, max(information, SCORES_WORK / (num_replicates * work)))
+    return DerivativeDraws(num_replicates, score, information, outer)
 
 
 def _some_of(size: int, wanted: float) -> int:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numpyro_smcopt.reporting.exploration import LaplacePoint
-
 # Lengths are the largest over the coordinates, in standard errors.
 CLOSE = 0.1  # of a Newton step that needs no second one: what it lacks is of its square
 CONVERGED = 0.01
@@ -24,27 +22,42 @@ SHORTER = 4.0
 WORSE = 1e-3  # nats, less is rounding
 
 
-class LaplaceFit(NamedTuple):
-    """The maximum of Laplace's approximation of the marginal likelihood.
+class LaplacePoint(NamedTuple):
+    """Laplace's approximation of the log marginal likelihood at a theta; arrays of the host.
 
     Attributes:
-        theta: [P] flat and unconstrained; the last iterate if there is no maximum nearby.
-        converged: Whether it is one.
+        theta: [P] flat and unconstrained.
+        terms: [K] energy terms at the mode of the latents.
+        log_volumes: [B] what the blocks add: ``D_b / 2 log(2 pi) - 1/2 log det H_b``.
+        score: [P] gradient of minus the approximation.
+        missing: Why there is none, if there is none; the arrays are then empty.
     """
 
     theta: np.ndarray
-    converged: bool
+    terms: np.ndarray
+    log_volumes: np.ndarray
+    score: np.ndarray
+    missing: str = ""
+
+
+def no_laplace(reason: str) -> LaplacePoint:
+    """The lack of an approximation, and the reason for it."""
+    nothing = np.zeros(0)
+    return LaplacePoint(nothing, nothing, nothing, nothing, reason)
 
 
 def laplace_fit(
-    here: LaplacePoint, covariance: np.ndarray, evaluate: Callable[[np.ndarray], LaplacePoint | str]
-) -> LaplaceFit:
+    here: LaplacePoint, covariance: np.ndarray, evaluate: Callable[[np.ndarray], LaplacePoint]
+) -> tuple[np.ndarray, bool]:
     """Walk from the estimate to the maximum of Laplace's approximation.
 
     Args:
         here: The approximation at the estimate.
         covariance: [P, P] of the estimate; coordinates whose rows are zero stay.
-        evaluate: The approximation at a flat ``theta [P]``, or in words why there is none.
+        evaluate: The approximation at a flat ``theta [P]``.
+
+    Returns:
+        [P] the maximum, flat and unconstrained, or the last iterate if there is none nearby; and whether it is one.
     """
     start, inverse, fraction = here.theta, covariance, 1.0
     deviation = np.sqrt(np.diag(covariance))
@@ -52,12 +65,12 @@ def laplace_fit(
     for k in range(MOST_EVALUATIONS):
         step = -inverse @ here.score
         if length(step) < (CLOSE if k == 0 else CONVERGED):
-            return LaplaceFit(here.theta + step, True)
+            return here.theta + step, True
         step *= fraction * min(1.0, LONGEST / length(step))
         if length(here.theta + step - start) > FURTHEST:
             break
         there = evaluate(here.theta + step)
-        if isinstance(there, str) or _change(here, there) > WORSE:
+        if there.missing or _change(here, there) > WORSE:
             fraction /= SHORTER
             continue
         turn, fraction = there.score - here.score, 1.0
@@ -65,7 +78,7 @@ def laplace_fit(
             left = np.eye(len(step)) - np.outer(step, turn) / (step @ turn)
             inverse = left @ inverse @ left.T + np.outer(step, step) / (step @ turn)
         here = there
-    return LaplaceFit(here.theta, False)
+    return here.theta, False
 
 
 def _change(here: LaplacePoint, there: LaplacePoint) -> float:

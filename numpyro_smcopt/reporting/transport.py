@@ -29,38 +29,55 @@ from jax import lax
 
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.laplace import hessian_blocks
-from numpyro_smcopt.reporting.reference import Reference
+from numpyro_smcopt.reporting.proposal_mixture import ProposalMixture
 from numpyro_smcopt.types import Array
 
 
-class Transport(NamedTuple):
-    """How the latents of each block move with each coordinate of theta, in the coordinates of a `Reference`.
+class Moved(NamedTuple):
+    """A theta, and how the latents of each block have moved on the way to it, in the coordinates of a mixture.
+
+    With a leading axis [P] it is P directions of the two: ``shift`` is then ``alpha`` and ``growth`` ``beta``. To move
+    along all of them at once would take a sum over P in every evaluation.
 
     Attributes:
-        shift: [P, B, M] ``alpha``.
-        gain: [P, B, M, M] ``beta``.
+        theta: [P] flat.
+        shift: [B, M] ``alpha . delta``; [0] if the latents stay.
+        growth: [B, M, M] ``beta . delta``; [0] if they stay.
     """
 
+    theta: Array
     shift: Array
-    gain: Array
+    growth: Array
+
+    @property
+    def still(self) -> bool:
+        """Whether the latents stay where they are."""
+        return self.shift.shape[-1] == 0
 
     def log_volume_slopes(self) -> Array:
-        """[P, B] derivatives of the ``log |det dT / dx|`` of each block; they are linear in delta."""
-        return jnp.einsum("pbii->pb", self.gain)
+        """[P, B] derivatives along directions of the ``log |det dT / dx|`` of each block; they are linear in delta."""
+        return jnp.einsum("pbii->pb", self.growth)
+
+
+def still_directions(columns: Array) -> Moved:
+    """Directions ``columns [P, P]`` of theta along which the latents stay."""
+    nowhere = jnp.zeros((columns.shape[1], 0), columns.dtype)
+    return Moved(columns.T, nowhere, nowhere)
 
 
 def laplace_transport(
-    terms_fn: Callable[[Array, Array], Array], theta: Array, reference: Reference, blocks: Blocks
-) -> Transport:
-    """The map that follows mode and curvature.
+    terms_fn: Callable[[Array, Array], Array], theta: Array, columns: Array, mixture: ProposalMixture, blocks: Blocks
+) -> Moved:
+    """Directions in which the latents follow mode and curvature.
 
     Args:
         terms_fn: ``(theta [P], x [D]) -> [K]``.
         theta: [P].
-        reference: Whose centre is the mode; a block without a proper mode does not move.
+        columns: [P, P] the directions of theta.
+        mixture: Whose centre is the mode; a block without a proper mode does not move.
         blocks: The partition.
     """
-    x, factor = reference.center, reference.factor
+    x, factor = mixture.center, mixture.factor
     gradient = lambda t, x: jax.grad(lambda x: jnp.sum(terms_fn(t, x)))(x)  # noqa: E731
     hessian = lambda t, x: hessian_blocks(lambda x: gradient(t, x), x, blocks)  # noqa: E731
 
@@ -71,41 +88,25 @@ def laplace_transport(
         _, change = jax.jvp(hessian, (theta, x), (direction, velocity))
         return shift, -0.5 * jnp.einsum("bji,bjk,bkl->bil", factor, change, factor)
 
-    transport = Transport(*lax.map(along, jnp.eye(theta.shape[0], dtype=theta.dtype)))
-    finite = [jnp.all(jnp.isfinite(v), (0, *range(2, v.ndim))) for v in transport]
-    moving = reference.concave & finite[0] & finite[1]
+    shift, growth = lax.map(along, columns.T)
+    finite = [jnp.all(jnp.isfinite(v), (0, *range(2, v.ndim))) for v in (shift, growth)]
+    moving = mixture.concave & finite[0] & finite[1]
     keep = lambda v: jnp.where(moving.reshape(1, -1, *[1] * (v.ndim - 2)), v, 0.0)  # noqa: E731
-    return Transport(*map(keep, transport))
-
-
-class Moved(NamedTuple):
-    """A theta, and how the latents have moved on the way to it; or, with a leading axis, directions of the two.
-
-    To move along P directions at once would take a sum over all of them in every evaluation.
-
-    Attributes:
-        theta: [P] flat.
-        shift: [B, M] ``alpha . delta``.
-        growth: [B, M, M] ``beta . delta``.
-    """
-
-    theta: Array
-    shift: Array
-    growth: Array
+    return Moved(columns.T, keep(shift), keep(growth))
 
 
 def moved_terms(
-    terms_fn: Callable[[Array, Array], Array], reference: Reference, blocks: Blocks
+    terms_fn: Callable[[Array, Array], Array], mixture: ProposalMixture, blocks: Blocks
 ) -> Callable[[Moved, Array], Array]:
     """``(Moved, x [D]) -> [K]``, the energy terms of ``U_{theta + delta}(T_delta(x))``, right to second order.
 
-    What is missing of ``psi`` is the log volume, which does not depend on x: see `Transport.log_volume_slopes`.
+    What is missing of ``psi`` is the log volume, which does not depend on x: see `Moved.log_volume_slopes`.
     """
 
     def terms(moved: Moved, x: Array) -> Array:
-        once = jnp.einsum("bij,bj->bi", moved.growth, reference.to_z(x, blocks))
+        once = jnp.einsum("bij,bj->bi", moved.growth, mixture.to_z(x, blocks))
         twice = jnp.einsum("bij,bj->bi", moved.growth, once)
         move = moved.shift + once + twice / 2
-        return terms_fn(moved.theta, x + blocks.scatter(jnp.einsum("bij,bj->bi", reference.factor, move)))
+        return terms_fn(moved.theta, x + blocks.scatter(jnp.einsum("bij,bj->bi", mixture.factor, move)))
 
     return terms

@@ -34,7 +34,7 @@ WIDEST = 4.0  # stands in for a prior that cannot be drawn from
 TRUST = 2.0  # particles per coordinate that the Laplace approximation counts for beside the moments of the cloud
 
 
-class Reference(NamedTuple):
+class ProposalMixture(NamedTuple):
     """The Gaussian components, in the coordinates ``z`` of each block: ``x = center + F z``.
 
     Attributes:
@@ -72,8 +72,8 @@ class Reference(NamedTuple):
         return self.center + blocks.scatter(jnp.einsum("bij,bj->bi", self.factor, z))
 
 
-def fit_reference(terms_fn: Callable[[Array], Array], x: Array, log_weights: Array, blocks: Blocks) -> Reference:
-    """Put a reference where a cloud lies.
+def fit_mixture(terms_fn: Callable[[Array], Array], x: Array, log_weights: Array, blocks: Blocks) -> ProposalMixture:
+    """Put a mixture where a cloud lies.
 
     Args:
         terms_fn: ``x [D] -> [K]``.
@@ -104,10 +104,10 @@ def fit_reference(terms_fn: Callable[[Array], Array], x: Array, log_weights: Arr
     round_one = jnp.broadcast_to(eye, factor.shape)
     zeros = jnp.zeros((blocks.num_blocks, width), x.dtype)
     laplace = log_volume + jnp.sum(present, 1) * (0.5 * np.log(2 * np.pi)).astype(x.dtype)
-    reference = Reference(
+    mixture = ProposalMixture(
         center, mode.terms, factor, inverse, log_volume, zeros, round_one, round_one, zeros[:, 0], laplace, concave
     )
-    z = jax.vmap(lambda one: reference.to_z(one, blocks))(x)
+    z = jax.vmap(lambda one: mixture.to_z(one, blocks))(x)
     ess = effective_sample_size(log_weights)
     share = (ess / (ess + TRUST * width))[:, None]
     mean = jnp.einsum("nb,nbi->bi", weights, z)
@@ -120,51 +120,51 @@ def fit_reference(terms_fn: Callable[[Array], Array], x: Array, log_weights: Arr
     tightness = jax.scipy.linalg.solve_triangular(spread, jnp.broadcast_to(eye, spread.shape), lower=True)
     log_spread = jnp.sum(jnp.log(jnp.diagonal(spread, axis1=1, axis2=2)), 1)
     mean = jnp.where(sound[:, None], share * mean, 0.0)
-    return reference._replace(mean=mean, spread=spread, tightness=tightness, log_spread=log_spread)
+    return mixture._replace(mean=mean, spread=spread, tightness=tightness, log_spread=log_spread)
 
 
 def draw_uniforms(rng: np.random.Generator, num: int, with_prior: bool, size: int) -> np.ndarray:
-    """[num, C, 2, D] the randomness of ``num`` calls of `draw_reference`, C Gaussian components each.
+    """[num, C, 2, D] the randomness of ``num`` calls of `draw_mixture`, C Gaussian components each.
 
     It comes from the host, because a call of the generator takes longer to compile than everything around it.
     """
     return rng.uniform(size=(num, len(COUNTS) - with_prior, 2, size))
 
 
-def draw_reference(uniforms: Array, reference: Reference, blocks: Blocks, prior: Array | None) -> Array:
+def draw_mixture(uniforms: Array, mixture: ProposalMixture, blocks: Blocks, prior: Array | None) -> Array:
     """[SIZE, D] draws, those of each component together.
 
     Args:
         uniforms: [C, 2, D] from `draw_uniforms`.
-        reference: The Gaussian components.
+        mixture: The Gaussian components.
         blocks: The partition.
         prior: [COUNTS[-1], D] draws from the prior, or None if it cannot be drawn from.
     """
     counts = COUNTS[: uniforms.shape[0]]
     normals = [blocks.gather(_lattice(u, n), 0.0) for u, n in zip(uniforms, counts, strict=True)]
-    skewed = lambda z: reference.mean + jnp.einsum("bij,nbj->nbi", reference.spread, z)  # noqa: E731
+    skewed = lambda z: mixture.mean + jnp.einsum("bij,nbj->nbi", mixture.spread, z)  # noqa: E731
     z = [normals[0], skewed(normals[1]), *(skewed(s * z) for s, z in zip((WIDER, WIDEST), normals[2:], strict=False))]
-    x = jax.vmap(lambda z: reference.from_z(z, blocks))(jnp.concatenate(z))
+    x = jax.vmap(lambda z: mixture.from_z(z, blocks))(jnp.concatenate(z))
     return x if prior is None else jnp.concatenate([x, prior])
 
 
-def log_densities(reference: Reference, x: Array, log_prior: Array | None, blocks: Blocks) -> tuple[Array, Array]:
+def log_densities(mixture: ProposalMixture, x: Array, log_prior: Array | None, blocks: Blocks) -> tuple[Array, Array]:
     """Log densities of the components, [C, B], and of the mixture, [B], at one particle.
 
     Args:
-        reference: The Gaussian components.
+        mixture: The Gaussian components.
         x: [D] the particle.
         log_prior: [B] log density of the prior, or None if it is no component.
         blocks: The partition.
     """
-    z = reference.to_z(x, blocks)
+    z = mixture.to_z(x, blocks)
     dimension = jnp.sum(blocks.members < x.shape[0], 1)
-    constant = -dimension * (0.5 * np.log(2 * np.pi)) - reference.log_volume
+    constant = -dimension * (0.5 * np.log(2 * np.pi)) - mixture.log_volume
     near = jnp.sum(z**2, 1)
-    far = jnp.sum(jnp.einsum("bij,bj->bi", reference.tightness, z - reference.mean) ** 2, 1)
+    far = jnp.sum(jnp.einsum("bij,bj->bi", mixture.tightness, z - mixture.mean) ** 2, 1)
 
     def wide(scale: float) -> Array:
-        return constant - reference.log_spread - dimension * np.log(scale) - far / (2 * scale**2)
+        return constant - mixture.log_spread - dimension * np.log(scale) - far / (2 * scale**2)
 
     last = wide(WIDEST) if log_prior is None else log_prior
     logs = jnp.stack([constant - near / 2, wide(1.0), wide(WIDER), last]).astype(x.dtype)

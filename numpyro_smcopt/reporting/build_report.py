@@ -1,0 +1,168 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""From a state to a report: fresh particles at the estimate, and standard errors, intervals and checks from them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from numpyro_smcopt.kernels import HMC, InvariantKernel
+from numpyro_smcopt.population.budget import LARGEST_INFORMATION
+from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.potential import StaticArguments
+from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
+from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
+from numpyro_smcopt.reporting.evidence_at import EvidenceAt, Exploration, complete_information
+from numpyro_smcopt.reporting.flat_directions import about_directions
+from numpyro_smcopt.reporting.laplace_fit import laplace_fit
+from numpyro_smcopt.reporting.replicates import Draws
+from numpyro_smcopt.reporting.report import Report
+from numpyro_smcopt.reporting.report_texts import about_curvature, about_draws, about_laplace, about_laplace_fit
+from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error, no_curvature
+from numpyro_smcopt.runs.algorithm import Algorithm
+from numpyro_smcopt.types import Array, Params
+
+JUMP, JUMP_ERRORS = 0.1, 6.0  # in root information, and in standard errors
+
+
+def summarize(
+    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any, sandwich: bool
+) -> Report:
+    """See `ParticleAlgorithm.summarize`."""
+    if sandwich and state.blocks.num_blocks == 1 and state.points.x.shape[1]:
+        raise ValueError(
+            "A sandwich covariance needs independent units, but all latents of this model depend on one another. "
+            "Leave sandwich=True out."
+        )
+    at = _evidence_at(algorithm, rng_key, arrays, static, state)
+    if 0 < ravel(state.theta).size <= LARGEST_INFORMATION:
+        carried = algorithm._known_information(state)
+        complete = None if carried is None else np.asarray(carried, float)
+        if complete is None or not np.any(complete):
+            complete = complete_information(rng_key, at.start, state.params, at.cloud, at.blocks)
+        at = dataclasses.replace(at, complete=complete, sandwich=sandwich)
+    return build_report(jax.device_get(state.params), at)
+
+
+def log_evidence_at(
+    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
+) -> tuple[float, float]:
+    """Log evidence at the estimate of a state, and its error."""
+    found = _evidence_at(algorithm, rng_key, arrays, static, state)(state.params).evidence
+    return found.log_evidence, found.log_evidence_std
+
+
+def _evidence_at(
+    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
+) -> EvidenceAt:
+    start = Start(algorithm._program, static, arrays, algorithm._target(arrays, static), state.theta)
+    cloud, kernel = Draws(state.points.x, state.log_weights), getattr(algorithm, "kernel", None)
+    # The kernel of the algorithm, or one that serves any model
+    kernel = kernel if isinstance(kernel, InvariantKernel) else HMC()
+    strategy = getattr(algorithm, "init_strategy", None)
+    return EvidenceAt(rng_key, start, cloud, state.blocks, kernel, init_strategy=strategy)
+
+
+def build_report(params: Params, at: EvidenceAt) -> Report:
+    """Explore at the estimate and put together what is known.
+
+    Args:
+        params: The estimate, constrained.
+        at: The log evidence as a function of the parameters.
+    """
+    found = at(params)
+    continuous = not _jumps(found)
+    if not continuous:
+        found = at(params, False)
+    fixed, evidence = found.fixed, found.evidence
+    names, theta_names = coordinate_names(params), coordinate_names(fixed.theta)
+    curvature, boundaries, about = _at_the_maximum(found, at, continuous, theta_names)
+    laplace_fitted, about_laplace_maximum = _fit_by_laplace(found, curvature, at, theta_names)
+    jacobian = np.asarray(fixed.jacobian, float)
+    known = ~np.any((jacobian != 0) & ~curvature.identified, 1)
+    by_delta = lambda v: np.where(known[:, None] & known, jacobian @ v @ jacobian.T, np.nan)  # noqa: E731
+    covariance, sandwich = by_delta(curvature.covariance), None
+    if found.derivatives is not None and found.derivatives.outer is not None:
+        sandwich = by_delta(curvature.covariance @ found.derivatives.outer @ curvature.covariance)
+    mc_errors = np.hypot(*mean_and_error(curvature.steps @ jacobian.T))
+    of_theta = lambda v: unravel(v, fixed.theta)  # noqa: E731
+    return Report(
+        params=params,
+        standard_errors=unravel(np.sqrt(np.diag(covariance)), params),
+        covariance=covariance,
+        mc_errors=unravel(np.where(known, mc_errors, np.nan), params),
+        names=names,
+        log_evidence=evidence.log_evidence,
+        log_evidence_std=evidence.log_evidence_std,
+        num_parameters=len(theta_names) - curvature.num_singular,
+        num_observations=at.start.target.sites.num_observations,
+        samples=evidence.samples,
+        log_weights=evidence.log_weights,
+        ess=evidence.ess,
+        diagnostics={
+            "score_z": of_theta(curvature.score_z),
+            "standard_error_noise": of_theta(curvature.noise),
+            "distance": of_theta(curvature.in_standard_errors(curvature.steps.mean(0))),
+            "laplace_log_evidence": evidence.laplace,
+            **laplace_fitted,
+            "pareto_k": evidence.pareto_k,
+            "tempered": evidence.tempered,
+            "acceptance_rate": evidence.acceptance_rate,
+            "unique_ancestors": evidence.unique_ancestors,
+        },
+        warnings=tuple(about_draws(evidence) + about_laplace(evidence) + about + about_laplace_maximum),
+        theta=fixed.theta,
+        theta_covariance=curvature.covariance,
+        constraints=fixed.constraints,
+        boundaries={theta_names[k]: boundary for k, boundary in boundaries.items()},
+        sandwich_covariance=sandwich,
+    )
+
+
+def _jumps(found: Exploration) -> bool:
+    """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
+    if found.derivatives is None:
+        return False
+    gap, error = mean_and_error(found.derivatives.score - found.derivatives.plain_score)
+    size = np.sqrt(np.abs(np.diag(found.derivatives.complete)))
+    return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
+
+
+def _at_the_maximum(
+    found: Exploration, at: EvidenceAt, continuous: bool, names: tuple[str, ...]
+) -> tuple[Curvature, dict[int, Boundary], list[str]]:
+    """What is known of the maximum, which coordinates are at the boundary, and what is to be said of both."""
+    derivatives = found.derivatives
+    if derivatives is None:
+        without = f"There are no standard errors: {len(names)} parameters need too large a matrix."
+        return no_curvature(len(names)), {}, [without]
+    boundaries = find_boundaries(found, lambda params: at(params, continuous), at.complete)
+    held = np.isin(np.arange(len(names)), list(boundaries))
+    noisy = derivatives.score, derivatives.information, derivatives.complete
+    curvature = curvature_of(*noisy, names, held, at.complete)
+    about = about_boundaries(boundaries, names)
+    about += about_directions(curvature.singular, curvature.hidden, curvature.indefinite)
+    return curvature, boundaries, about + about_curvature(curvature, names)
+
+
+def _fit_by_laplace(
+    found: Exploration, curvature: Curvature, at: EvidenceAt, names: tuple[str, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """Diagnostics of maximum likelihood by Laplace's approximation, and what is to be said of it."""
+    here, fixed = found.laplace, found.fixed
+    missing = here.missing or ("" if np.any(curvature.standard_errors > 0) else "no parameter has a standard error")
+    theta = flat = ravel(fixed.theta)
+    distance, status, about = np.full(len(flat), np.nan), f"none: {missing}", []
+    if not missing:
+        evaluate = lambda theta: at.laplace(fixed.constrained(theta))  # noqa: E731
+        theta, converged = laplace_fit(here, curvature.covariance, evaluate)
+        distance = curvature.in_standard_errors(theta - flat)
+        status = "maximum" if converged else "still rising"
+        about = about_laplace_fit(distance, converged, curvature, names)
+    params = fixed.constrained(theta)
+    if missing:
+        params = jax.tree.map(lambda leaf: np.full(np.shape(leaf), np.nan), params)
+    distances = unravel(distance, fixed.theta)
+    return {"laplace_params": params, "laplace_distance": distances, "laplace_fit": status}, about
