@@ -14,13 +14,13 @@ from jax import random
 from scipy import stats
 
 from numpyro_smcopt import log_evidence
-from numpyro_smcopt.population.budget import TEMPERED_ISLANDS
 from numpyro_smcopt.reporting import proposal_mixture, replicates, report_texts
+from numpyro_smcopt.reporting.effort import TEMPERED_REPLICATES
 
 SEEDS = range(10)
 STANDARD_ERRORS = 4.0
 # As improbable where the standard error is that of so few independent populations
-TEMPERED_ERRORS = stats.t(TEMPERED_ISLANDS - 1).isf(stats.norm.sf(STANDARD_ERRORS))
+TEMPERED_ERRORS = stats.t(TEMPERED_REPLICATES - 1).isf(stats.norm.sf(STANDARD_ERRORS))
 
 
 def shifted_regression(x, y, location, scale, shift):
@@ -129,10 +129,10 @@ def test_tempered_populations_are_as_many_as_were_asked_for(monkeypatch):
         assert abs(found.log_evidence - exact_two_modes(2, 0.3)) < TEMPERED_ERRORS * found.log_evidence_std
 
 
-@pytest.mark.parametrize("missed", [False, True], ids=["from the reference", "from the prior"])
-def test_tempering_where_the_reference_does_not_suffice(monkeypatch, missed):
+@pytest.mark.parametrize("missed", [False, True], ids=["from the mixture", "from the prior"])
+def test_tempering_where_the_mixture_does_not_suffice(monkeypatch, missed):
     if missed:
-        monkeypatch.setattr(replicates, "MISSED", 0.0)  # the reference is never believed
+        monkeypatch.setattr(replicates, "MISSED", 0.0)  # the mixture is never believed
     else:
         monkeypatch.setattr(replicates, "FEWEST_EFFECTIVE", np.inf)
     found, values, errors = estimates(two_modes, 2, 0.3, seeds=range(8))
@@ -152,8 +152,8 @@ def moments(weight, ratio):
     return np.einsum("rnbi,rnbj->rbij", v, v) / v.shape[1]
 
 
-def test_a_mode_without_reference_is_noticed():
-    """Particles of the posterior lie where the reference hardly goes: they would weigh too much."""
+def test_a_mode_that_the_mixture_misses_is_noticed():
+    """Particles of the posterior lie where the mixture hardly goes: they would weigh too much."""
     rng = np.random.default_rng(0)
     weight = np.exp(0.1 * rng.standard_normal((8, 192, 1)))
     found = moments(weight, np.zeros((8, 192, 1, 3)))
@@ -163,7 +163,7 @@ def test_a_mode_without_reference_is_noticed():
     assert not replicates.combine_weighed(found, outside, probes).trustworthy
 
 
-def test_draws_of_the_reference_are_independent_across_coordinates():
+def test_draws_of_the_mixture_are_independent_across_coordinates():
     """Each draw has the right joint law: a lattice that is shifted too little does not."""
     uniforms = jnp.asarray(np.random.default_rng(0).uniform(size=(4000, 2, 4)), jnp.float32)
     draws = np.asarray(jax.vmap(lambda u: proposal_mixture._lattice(u, 16))(uniforms))  # [4000, 16, 4]
@@ -198,8 +198,8 @@ def test_no_latents():
     assert found.log_evidence_std == 0.0
 
 
-def test_slopes_of_other_islands_leave_no_bias():
-    """Cross-fitting: with few islands and a noisy slope the mean over many repetitions is right."""
+def test_slopes_of_other_replicates_leave_no_bias():
+    """Cross-fitting: with few replicates and a noisy slope the mean over many repetitions is right."""
     rng = np.random.default_rng(0)
     num, draws = 20_000, 12
 

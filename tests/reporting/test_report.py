@@ -382,7 +382,7 @@ def test_a_year_and_its_intercept_are_told_apart(latent):
 
 
 # -- the algebra ---------------------------------------------------------------------------------------------------
-def islands_around(information, noise, seed=0, num=16):
+def replicates_around(information, noise, seed=0, num=16):
     rng = np.random.default_rng(seed)
     jitter = noise * rng.standard_normal((num, *information.shape))
     return information + (jitter + jitter.transpose(0, 2, 1)) / 2
@@ -393,7 +393,7 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
     design = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     information = design.T @ np.diag([4.0, 9.0]) @ design
     scores = np.zeros((16, 3))
-    found = curvature_of(scores, islands_around(information, 1e-3), np.diag([5.0, 5.0, 10.0]), "abc")
+    found = curvature_of(scores, replicates_around(information, 1e-3), np.diag([5.0, 5.0, 10.0]), "abc")
     assert found.singular == ("a combination of a, b",) or found.singular == ("a combination of b, a",)
     assert found.num_singular == 1 and not found.indefinite
     np.testing.assert_array_equal(found.identified, [False, False, True])
@@ -401,7 +401,7 @@ def test_unidentified_combination_is_named_and_the_rest_is_right():
 
 
 def test_a_direction_that_is_lost_in_noise_is_not_said_to_be_undetermined():
-    found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[0.2]]), 2.0), np.diag([10.0]), "a")
+    found = curvature_of(np.zeros((16, 1)), replicates_around(np.array([[0.2]]), 2.0), np.diag([10.0]), "a")
     assert found.hidden == ("a",) and not found.singular and found.num_singular == 0 and not found.indefinite
     assert not found.identified
 
@@ -412,22 +412,22 @@ def test_units_do_not_matter():
     information, units = root @ root.T + np.eye(3), np.array([1e-6, 1.0, 1e5])
     complete = 2 * np.diag(np.diag(information))
     scores = rng.standard_normal((16, 3))
-    plain = curvature_of(scores, islands_around(information, 1e-3), complete, "abc")
-    scaled = islands_around(information, 1e-3) / units / units[:, None]
+    plain = curvature_of(scores, replicates_around(information, 1e-3), complete, "abc")
+    scaled = replicates_around(information, 1e-3) / units / units[:, None]
     other = curvature_of(scores / units, scaled, complete / units / units[:, None], "abc")
     np.testing.assert_allclose(other.covariance / units / units[:, None], plain.covariance, rtol=1e-8)
     np.testing.assert_allclose(other.steps / units, plain.steps, rtol=1e-8)
 
 
 def test_a_direction_that_curves_upwards_is_no_maximum():
-    found = curvature_of(np.zeros((16, 2)), islands_around(np.diag([4.0, -1.0]), 1e-3), np.diag([5.0, 5.0]), "ab")
+    found = curvature_of(np.zeros((16, 2)), replicates_around(np.diag([4.0, -1.0]), 1e-3), np.diag([5.0, 5.0]), "ab")
     assert found.indefinite and found.singular == ("b",)
 
 
 def test_noise_of_the_standard_errors_is_stated_rightly():
     estimates, stated = [], []
     for seed in range(300):
-        found = curvature_of(np.zeros((16, 1)), islands_around(np.array([[4.0]]), 0.4, seed), np.diag([8.0]), "a")
+        found = curvature_of(np.zeros((16, 1)), replicates_around(np.array([[4.0]]), 0.4, seed), np.diag([8.0]), "a")
         estimates.append(np.sqrt(found.covariance[0, 0]))
         stated.append(found.noise[0])
     assert np.mean(stated) == pytest.approx(np.std(estimates) / 0.5, rel=0.2)
