@@ -17,15 +17,9 @@ from numpyro_smcopt.types import Array
 def momentum_context(
     objective: Objective, scene: Scene, x: Array, log_weights: Array, blocks: Blocks, num_updates: Array
 ) -> tuple[Array, Estimate, StepContext]:
-    """One pass over the particles: energy terms [N, K], what the objective says, and what a step may ask.
+    """One pass over the particles ``x [N, D]``: energy terms [N, K], what the objective says, what a step may ask.
 
-    Args:
-        objective: What is minimised.
-        scene: The model, and where.
-        x: [N, D] particles.
-        log_weights: [N, B] their equal log weights.
-        blocks: The partition.
-        num_updates: [] see `step_context`.
+    The arguments are those of `step_context`, and the scene says where.
     """
     terms_fn, theta, _ = flat_terms(scene.target, scene.theta)
     all_terms = lambda t, x: jax.vmap(lambda one: terms_fn(t, one))(x)  # noqa: E731

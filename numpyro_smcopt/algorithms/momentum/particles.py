@@ -153,14 +153,7 @@ class LatentStep:
         return points, metric, nothing, nothing
 
     def init(self, velocity: Array, metric: Preconditioner, points: Point, blocks: Blocks) -> CloudState:
-        """The state at the start.
-
-        Args:
-            velocity: [N, D] standard normal numbers.
-            metric: The first metric.
-            points: The first particles [N, ...], with their gradients; where step sizes are chosen, at the posterior.
-            blocks: The partition.
-        """
+        """The state at the start, from normal velocities [N, D] and the points [N, ...] that `first` found."""
         num_updates, ones = jnp.zeros((), jnp.int32), jnp.ones(blocks.num_blocks, velocity.dtype)
         some = np.random.default_rng(0).standard_normal(velocity.shape[1])  # special in no way
         direction, _ = _normalised(jnp.asarray(some, velocity.dtype), blocks)
@@ -188,13 +181,7 @@ class LatentStep:
     ) -> tuple[CloudState, Array]:
         """The next state, and where the particles [N, D] stand: moves that proved unstable are taken back.
 
-        Args:
-            state: The present state.
-            pace: That of the move.
-            before: [N, D] where the particles stood.
-            moved: The move.
-            blocks: The partition.
-            num_updates: [] moves before this one.
+        ``before [N, D]`` is where they stood, and ``num_updates []`` counts the moves before this one.
         """
         # Curvature
         scale, place = state.metric.scale, _unfactored(before, state.metric, blocks)

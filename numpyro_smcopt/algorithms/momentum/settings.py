@@ -26,11 +26,7 @@ BISECTIONS = 40
 def two_numbers(block: str, step_size: Any, momentum: Any, friction: Sequence[Any]) -> tuple[Number, Number]:
     """Step size and damping of a block from either description; None is what is not given.
 
-    Args:
-        block: Prefix of the arguments' names.
-        step_size: A number or a schedule.
-        momentum: Likewise.
-        friction: ``gamma``, ``eta`` and ``time_step``.
+    ``block`` is the prefix of the arguments' names, ``friction`` holds ``gamma``, ``eta`` and ``time_step``.
 
     Raises:
         TypeError: If a schedule fails.

@@ -238,16 +238,7 @@ class MomentumStep:
         num_particles: int,
         noise: Array | None = None,
     ) -> tuple[Array, MotionState]:
-        """The next theta [P] and state.
-
-        Args:
-            state: The present state.
-            pace: The numbers of this update, under the control of handlers.
-            theta: The tree of parameters.
-            context: What is known ahead of it.
-            num_particles: N, which the noise of the gradient falls with.
-            noise: [2, P] standard normal numbers; None for no noise.
-        """
+        """The next theta [P] and state; ``noise`` are standard normal numbers [2, P], or None."""
         flat, _ = ravel_pytree(theta)
         velocity, restarts = state.velocity, state.num_restarts
         if self.restart:

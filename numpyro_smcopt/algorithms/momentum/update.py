@@ -172,16 +172,7 @@ class MomentumUpdate:
     def first(
         self, target: Target, rng_key: Array, theta: Theta, points: Point, metric: Preconditioner, blocks: Blocks
     ) -> MomentumState:
-        """The state at the start: theta at rest, the particles not.
-
-        Args:
-            target: The model.
-            rng_key: Randomness.
-            theta: The first iterate, unconstrained.
-            points: [N, ...] the first particles, evaluated there.
-            metric: The first metric of the particles.
-            blocks: The partition of the latents.
-        """
+        """The state at the start: theta at rest, the particles, whose points [N, ...] are evaluated there, not."""
         flat, _ = ravel_pytree(theta)
         key_state, key_velocity = random.split(rng_key)
         velocity = random.normal(key_velocity, points.x.shape, flat.dtype)
