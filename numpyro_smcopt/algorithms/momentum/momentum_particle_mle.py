@@ -24,6 +24,7 @@ from numpyro_smcopt.algorithms.momentum.particles import LatentStep, forgotten
 from numpyro_smcopt.algorithms.momentum.settings import (
     check_moves,
     check_preconditioner,
+    check_theta_noise,
     refuse_foreign_arguments,
     two_numbers,
     unstable_argument,
@@ -33,7 +34,7 @@ from numpyro_smcopt.algorithms.momentum.update import MomentumState, MomentumUpd
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
 from numpyro_smcopt.kernels import Preconditioning, preconditioners
-from numpyro_smcopt.kernels.integrators import IntegratorFn, exponential, nesterov, uncorrected
+from numpyro_smcopt.kernels.integrators import IntegratorFn, exponential, uncorrected
 from numpyro_smcopt.kernels.underdamped import Underdamped, VelocityKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.population import budget
@@ -170,11 +171,8 @@ class MomentumParticleMLE(ParticleAlgorithm):
         latent_numbers = two_numbers("latent_", latent_step_size, latent_momentum, latent_friction)
         self.latent_step_size, self.latent_damping = latent_numbers
         self._time_step, self._latent_time_step = time_step, latent_time_step  # to speak of them
-        if theta_noise and (self.step_size is None or preconditioner is not None or scheme is nesterov):
-            raise ValueError(
-                "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
-                "would not fit the motion."
-            )
+        if theta_noise:
+            check_theta_noise(self.step_size, preconditioner, scheme)
         self.scheme, self.preconditioner, self.restart, self.averaging = scheme, preconditioner, restart, averaging
         self.simultaneous, self.theta_noise = simultaneous, theta_noise
         self.objective = None if objective is None else as_objective(objective)
@@ -274,7 +272,6 @@ class MomentumParticleMLE(ParticleAlgorithm):
     def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
         return self._update(target, state.theta, *state.log_weights.shape).step(target, state, controls)
 
-    # -- new data -----------------------------------------------------------------------------------------------------
     def _adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
         have, need = state.points.x.shape[1], target.sites.num_latents
         if have != need:

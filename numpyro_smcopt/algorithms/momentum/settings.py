@@ -17,7 +17,7 @@ import optax
 from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.momentum.particles import LARGEST_TOLERANCE
 from numpyro_smcopt.algorithms.momentum.theta import Number
-from numpyro_smcopt.kernels.integrators import Integrator, IntegratorFn, stability_limit
+from numpyro_smcopt.kernels.integrators import Integrator, IntegratorFn, nesterov, stability_limit
 from numpyro_smcopt.types import check_number
 
 BISECTIONS = 40
@@ -151,6 +151,15 @@ def check_moves(preconditioning: Any, kernel: Any, averaging: Any, bias_toleranc
         raise ValueError(
             f"bias_tolerance is a relative bias within (0, {LARGEST_TOLERANCE:g}], got {bias_tolerance!r}. Steps "
             "for a larger one would come too near to where moves diverge; to try them, give a latent_step_size."
+        )
+
+
+def check_theta_noise(step_size: Number, preconditioner: Any, scheme: IntegratorFn) -> None:
+    """Refuse noise in theta that would not fit its motion."""
+    if step_size is None or preconditioner is not None or scheme is nesterov:
+        raise ValueError(
+            "theta_noise=True needs a step_size, no preconditioner, and an exponential scheme: otherwise the noise "
+            "would not fit the motion."
         )
 
 
