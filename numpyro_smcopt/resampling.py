@@ -15,15 +15,11 @@ Source: Douc, Cappe and Moulines, "Comparison of resampling schemes for particle
 A scheme knows one block: map it over the columns of log weights [N, B] with ``jax.vmap``.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import random
-from jax.typing import ArrayLike
-
-from numpyro_smcopt.weights import effective_sample_size, uniform_log_weights
 
 # The total weight in integer units. Integers make the cumulative sum exact: it never decreases, is flat over particles
 # of weight zero and ends on the total. In floating point none of these holds (a sum by tree rounds c_j and c_{j-1}
@@ -87,69 +83,6 @@ def residual(rng_key: jax.Array, log_weights: jax.Array) -> jax.Array:
     draws = _independent_draws(rng_key, remainders)
     is_copy = jnp.arange(weights.shape[0]) < slot_ends[-1]
     return _identity_if_dead(log_weights, jnp.where(is_copy, _ancestor_of_slot(slot_ends), draws))
-
-
-class Resampled(NamedTuple):
-    """What a scheme wrapped by `when_ess_below` returns.
-
-    Attributes:
-        ancestors: [N] of int32, the ancestor of each particle; itself if the cloud was kept.
-        log_weights: [N] equal if the cloud was resampled, untouched if it was kept.
-        resampled: [] of bool.
-    """
-
-    ancestors: jax.Array
-    log_weights: jax.Array
-    resampled: jax.Array
-
-
-@dataclass(frozen=True)
-class ResampleWhenESSBelow:
-    """A resampling scheme that acts on degenerate clouds only; made by `when_ess_below`.
-
-    Attributes:
-        scheme: Draws the ancestors.
-        threshold: Fraction of the particles.
-    """
-
-    scheme: ResamplingScheme
-    threshold: float
-
-    def __call__(self, rng_key: jax.Array, log_weights: jax.Array, threshold: ArrayLike | None = None) -> Resampled:
-        """Resample the cloud if its effective sample size is below ``threshold * N``.
-
-        Args:
-            rng_key: A key.
-            log_weights: [N].
-            threshold: Replaces the bound fraction; may be traced.
-        """
-        num_particles = log_weights.shape[0]
-        fraction = self.threshold if threshold is None else threshold
-        resampled = effective_sample_size(log_weights) < fraction * num_particles
-        ancestors = self.scheme(rng_key, log_weights)
-        # Mapped over blocks a `cond` would run both branches too; a `where` compiles to less.
-        return Resampled(
-            ancestors=jnp.where(resampled, ancestors, jnp.arange(num_particles, dtype=ancestors.dtype)),
-            log_weights=jnp.where(resampled, uniform_log_weights(num_particles, dtype=log_weights.dtype), log_weights),
-            resampled=resampled,
-        )
-
-
-def when_ess_below(scheme: ResamplingScheme, threshold: float = 0.5) -> ResampleWhenESSBelow:
-    """Let ``scheme`` act only where the effective sample size is below a fraction ``threshold`` of the particles.
-
-    The result is called as ``(rng_key, log_weights, threshold=None) -> Resampled``. At 0 it never resamples, at 1
-    whenever the weights are unequal. Equal arguments give equal results, so programs compiled for one serve the other.
-
-    Raises:
-        ValueError: If the threshold is not within [0, 1].
-    """
-    if not 0.0 <= threshold <= 1.0:
-        raise ValueError(
-            "when_ess_below: expected a threshold within [0, 1], as a fraction of the number of particles, "
-            f"got {threshold}."
-        )
-    return ResampleWhenESSBelow(scheme, threshold)
 
 
 def _weights(log_weights: jax.Array) -> jax.Array:

@@ -154,8 +154,8 @@ def weighted_mean(log_weights: jax.Array, values: jax.Array) -> jax.Array:
     Raises:
         ValueError: If the shapes do not fit.
     """
-    weights = _particle_weights(log_weights, values)
-    return jnp.sum(_align(weights, values) * _present(weights, values), axis=0)
+    weights, values = _aligned(log_weights, values)
+    return jnp.sum(weights * values, axis=0)
 
 
 def weighted_variance(log_weights: jax.Array, values: jax.Array) -> jax.Array:
@@ -166,31 +166,9 @@ def weighted_variance(log_weights: jax.Array, values: jax.Array) -> jax.Array:
     Raises:
         ValueError: If the shapes do not fit.
     """
-    weights = _particle_weights(log_weights, values)
-    return _small_sample_factor(weights) * jnp.sum(_align(weights, values) * _centred(weights, values) ** 2, axis=0)
-
-
-def weighted_covariance(log_weights: jax.Array, values: jax.Array, other: jax.Array | None = None) -> jax.Array:
-    """``c2 sum_i w_i (f_i - <f>)(g_i - <g>)^T`` with `small_sample_factor` ``c2``.
-
-    Absent entries as in `weighted_mean`. With all the weight on one particle the result is 0.
-
-    Args:
-        log_weights: [N].
-        values: f, of shape [N, *F].
-        other: g, of shape [N, *G]; by default f itself.
-
-    Returns:
-        [*F, *G], thus [D, D] for values [N, D].
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
-    weights = _particle_weights(log_weights, values)
-    left = _align(weights, values) * _centred(weights, values)
-    right = _centred(weights, values) if other is None else _centred(_particle_weights(log_weights, other), other)
-    # By default accelerators multiply matrices with ten bits, too few for a covariance that will be inverted.
-    return _small_sample_factor(weights) * jnp.tensordot(left, right, axes=(0, 0), precision="highest")
+    _, values = _aligned(log_weights, values)
+    deviations = values - weighted_mean(log_weights, values)
+    return small_sample_factor(log_weights) * weighted_mean(log_weights, deviations**2)
 
 
 def block_moments(log_weights: jax.Array, values: jax.Array, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
@@ -241,24 +219,12 @@ def _normalized_weights(log_weights: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf), axis=0)
 
 
-def _particle_weights(log_weights: jax.Array, values: jax.Array) -> jax.Array:
+def _aligned(log_weights: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights in the dimensions of the values, and the values, with 0 for those that have no weight."""
     if log_weights.ndim != 1 or values.ndim < 1 or values.shape[0] != log_weights.shape[0]:
         raise ValueError(
             "expected log_weights of shape [N] and values of shape [N, ...], "
             f"got {log_weights.shape} and {values.shape}; map over blocks with jax.vmap."
         )
-    return _normalized_weights(log_weights)
-
-
-def _align(weights: jax.Array, values: jax.Array) -> jax.Array:
-    return weights.reshape(weights.shape + (1,) * (values.ndim - 1))
-
-
-def _present(weights: jax.Array, values: jax.Array) -> jax.Array:
-    # 0 * inf is NaN: a value that has no weight is replaced before it is multiplied.
-    return jnp.where(_align(weights, values) > 0.0, values, 0.0)
-
-
-def _centred(weights: jax.Array, values: jax.Array) -> jax.Array:
-    values = _present(weights, values)
-    return values - jnp.sum(_align(weights, values) * values, axis=0)
+    weights = _normalized_weights(log_weights).reshape(-1, *(1,) * (values.ndim - 1))
+    return weights, jnp.where(weights > 0.0, values, 0.0)  # 0 * inf is NaN

@@ -17,8 +17,9 @@ from jax import random
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import one_block
 from numpyro_smcopt.kernels import InvariantKernel, Point, Potential, Preconditioner, Step
+from numpyro_smcopt.population.evaluate import resample_blocks
 from numpyro_smcopt.random_numbers import draw_random_numbers
-from numpyro_smcopt.resampling import systematic, when_ess_below
+from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
 
 compile_fast = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -96,21 +97,9 @@ def follow(
     Returns:
         The particles [N, D], their log weights [N, B] and the log ratio of normalising constants [B].
     """
-    num_particles = x.shape[0]
-    resample = when_ess_below(scheme)
     first, rest = jax.tree.map(lambda v: v[0], schedule), jax.tree.map(lambda v: v[1:], schedule)
     points = jax.vmap(potential_of(lambda x: terms_fn(first, x), blocks).evaluate)(x)
-    log_weights = uniform_log_weights(num_particles, blocks.num_blocks, x.dtype)
-
-    def select(key, points, log_weights):
-        keys = random.split(key, blocks.num_blocks)
-        drawn = jax.vmap(lambda k, w: resample(k, w, ess_threshold), in_axes=(0, 1))(keys, log_weights)
-        ancestors = drawn.ancestors.T
-        of_x = blocks.to_coordinates(ancestors)
-        of_terms = blocks.to_terms(ancestors, jnp.arange(num_particles)[:, None])
-        take = lambda v, index: jnp.take_along_axis(v, index, 0)  # noqa: E731
-        points = Point(take(points.x, of_x), take(points.terms, of_terms), take(points.grad, of_x))
-        return points, drawn.log_weights.T
+    log_weights = uniform_log_weights(x.shape[0], blocks.num_blocks, x.dtype)
 
     def advance(carry, target):
         key, points, log_weights, log_z = carry
@@ -123,7 +112,10 @@ def follow(
             here, ratio = jax.vmap(lambda noise, point: kernel.move(noise, point, new, step))(noise, points)
         change = incremental_log_weight(points.terms, here.terms, blocks.sum_terms, share_of_ratio * ratio)
         weighed = reweight(log_weights, change)
-        points, log_weights = select(key_resample, here, weighed.log_weights)
+        keys = random.split(key_resample, blocks.num_blocks)
+        points, log_weights, _ = resample_blocks(
+            keys, here, weighed.log_weights, weighed.ess, blocks, scheme, ess_threshold
+        )
         if isinstance(kernel, InvariantKernel):
             points, _, _ = move_all(kernel, key_move, points, new, step)
         return (key, points, log_weights, log_z + weighed.log_mean), None

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from jax import random
 
 from numpyro_smcopt import resampling
-from numpyro_smcopt.resampling import multinomial, residual, stratified, systematic, when_ess_below
+from numpyro_smcopt.resampling import multinomial, residual, stratified, systematic
 from numpyro_smcopt.weights import uniform_log_weights
 
 STANDARD_ERRORS = 5.0
@@ -208,64 +208,6 @@ def test_no_rounding_selects_a_particle_without_weight(name, trailing, monkeypat
     if name == "systematic":
         offspring = count(adverse(uniforms, log_weights), 1000)
         assert np.all(abs(offspring - 1000 * normalized(log_weights)) < 1 + 1e-3)
-
-
-# Resampling when the effective sample size is low
-
-
-def test_a_cloud_above_the_threshold_is_kept():
-    log_weights = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))  # ESS 3.33
-    ancestors, kept, resampled = when_ess_below(systematic, 0.8)(random.key(0), log_weights)
-    assert not resampled
-    np.testing.assert_array_equal(ancestors, np.arange(4))
-    np.testing.assert_array_equal(kept, log_weights)
-
-
-@each_scheme
-def test_a_cloud_below_the_threshold_is_resampled(name):
-    log_weights = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
-    ancestors, reset, resampled = when_ess_below(SCHEMES[name], 0.9)(random.key(0), log_weights)
-    assert resampled
-    np.testing.assert_array_equal(ancestors, SCHEMES[name](random.key(0), log_weights))
-    np.testing.assert_array_equal(reset, uniform_log_weights(4))
-
-
-def test_the_threshold_may_be_traced_and_acts_on_each_block():
-    maybe_resample = when_ess_below(systematic, 0.0)
-    traces = []
-
-    @jax.jit
-    def run(keys, log_weights, threshold):
-        traces.append(None)
-        return jax.vmap(maybe_resample, in_axes=(0, 1, None), out_axes=-1)(keys, log_weights, threshold)
-
-    log_weights = jnp.log(jnp.array([[0.4, 0.25, 1.0], [0.3, 0.25, 0.0], [0.2, 0.25, 0.0], [0.1, 0.25, 0.0]]))
-    keys = random.split(random.key(0), 3)
-    for threshold, expected in ((0.0, [False] * 3), (0.5, [False, False, True]), (1.0, [True, False, True])):
-        ancestors, _, resampled = run(keys, log_weights, threshold)
-        np.testing.assert_array_equal(resampled, expected)
-        np.testing.assert_array_equal(ancestors[:, 2], [0, 0, 0, 0] if expected[2] else [0, 1, 2, 3])
-    assert len(traces) == 1
-    assert not jnp.any(run(keys, log_weights, None).resampled)  # the bound one: 0
-
-
-def test_a_cloud_without_any_weight_stays_in_place_with_equal_weights():
-    ancestors, log_weights, resampled = when_ess_below(systematic)(random.key(0), jnp.full(4, -INF))
-    assert resampled
-    np.testing.assert_array_equal(ancestors, np.arange(4))
-    np.testing.assert_array_equal(log_weights, uniform_log_weights(4))
-
-
-def test_equal_configurations_are_equal():
-    assert when_ess_below(systematic, 0.5) == when_ess_below(systematic, 0.5)
-    assert hash(when_ess_below(systematic, 0.5)) == hash(when_ess_below(systematic, 0.5))
-    assert when_ess_below(systematic, 0.5) != when_ess_below(stratified, 0.5)
-
-
-@pytest.mark.parametrize("threshold", [-0.1, 64, NAN])
-def test_a_threshold_is_a_fraction(threshold):
-    with pytest.raises(ValueError, match=f"as a fraction of the number of particles, got {threshold}"):
-        when_ess_below(systematic, threshold)
 
 
 # An independent implementation

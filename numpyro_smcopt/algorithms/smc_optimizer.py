@@ -36,7 +36,7 @@ from numpyro_smcopt.population.start import (
     warn_of_unfinished,
 )
 from numpyro_smcopt.potential import Target, flat_terms
-from numpyro_smcopt.resampling import ResamplingScheme, systematic, when_ess_below
+from numpyro_smcopt.resampling import ResamplingScheme, systematic
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.theta_step import as_theta_step
 from numpyro_smcopt.types import Array, Model, Theta
@@ -122,9 +122,10 @@ class SMCOptimizer(ParticleAlgorithm):
         )
         self.kernel = kernel or HMC()
         self.num_particles = num_particles
-        self.resample = when_ess_below(resampling or systematic, ess_threshold)
+        self.resampling = resampling or systematic
+        self.ess_threshold = ess_threshold
         self.init_strategy = init_strategy
-        self._parts = SMCParts(self.objective, self.kernel, self.resample.scheme, self.optim)
+        self._parts = SMCParts(self.objective, self.kernel, self.resampling, self.optim)
         self._update = self._parts.order()
         self.partition = one_block if self.objective.whole_particles else partition
 
@@ -235,7 +236,7 @@ class SMCOptimizer(ParticleAlgorithm):
         dtype = state.log_weights.dtype.type
         return {
             "step_size": state.step.size,
-            "ess_threshold": dtype(self.resample.threshold),
+            "ess_threshold": dtype(self.ess_threshold),
             "resample": np.bool_(True),
             "learning_rate": dtype(1.0),
             "theta_limit": no_limit,
