@@ -12,11 +12,12 @@ NEWER_PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12) $(wildcard $(HOME
 # Two test processes side by side, each with its own threads for matrices of five rows, would wait for one another.
 export OPENBLAS_NUM_THREADS = 1
 
-.PHONY: help quickstart test test-arviz1 docs bench format clean
+.PHONY: help quickstart check test style test-arviz1 docs bench format clean
 
 help:
 	@echo "make quickstart   install in $(VENV), fit the sleepstudy model, draw examples/output/sleepstudy.png"
-	@echo "make test         install in $(VENV), check style and types, run the tests"
+	@echo "make check        install in $(VENV), check style and types, run the quick tests: for every change"
+	@echo "make test         install in $(VENV), check style and types, run all tests"
 	@echo "make test-arviz1  run the tests of the export to ArviZ with ArviZ 1, where there is a Python 3.12 or newer"
 	@echo "make docs         build the documentation in docs/_build/html, warnings as errors"
 	@echo "make bench        time updates over the bare gradients of the same potential"
@@ -26,11 +27,19 @@ help:
 quickstart: $(VENV)/.installed-quickstart
 	$(VENV)/bin/python examples/sleepstudy.py --output examples/output/sleepstudy.png
 
-test: $(VENV)/.installed-test
+# Stealing keeps the tests of a file in one process as far as it can: what they share is made once.
+PYTEST := $(RUN) pytest -n 2 --dist worksteal
+
+check: style
+	$(PYTEST) -m "not slow"
+
+test: style
+	$(PYTEST)
+
+style: $(VENV)/.installed-test
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	$(RUN) pytest -n 2
 
 # ArviZ 1 needs Python 3.12, and .venv may have an older one.
 test-arviz1:
