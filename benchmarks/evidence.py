@@ -29,7 +29,7 @@ from scipy import stats
 from numpyro_smcopt import log_evidence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from evidence_problems import cauchy_prior, exact_cauchy, exact_regression, regression
+from oracles import cauchy_prior, exact_cauchy, exact_regression, regression
 
 try:
     import blackjax

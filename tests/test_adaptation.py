@@ -5,9 +5,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import random
 
-from numpyro_smcopt.adaptation import LARGEST_SIZE, SMALLEST_SIZE, adapt_size, adapt_unadjusted_size
+from numpyro_smcopt.adaptation import (
+    LARGEST_SIZE,
+    SMALLEST_SIZE,
+    DualAveraging,
+    RobbinsMonro,
+    adapt_size,
+    adapt_unadjusted_size,
+)
 
 
 def test_without_a_target_the_size_stays():
@@ -45,3 +53,26 @@ def test_unadjusted_size_finds_the_target_from_either_side():
         size = adapt_unadjusted_size(size, jnp.exp(-((size / unit) ** 3)), 0.95, k)
     np.testing.assert_allclose(size, (-np.log(0.95)) ** (1 / 3) * unit, rtol=0.1)
     np.testing.assert_array_equal(adapt_unadjusted_size(size, jnp.zeros(3), None, 0), size)
+
+
+@pytest.mark.parametrize(
+    "rule", [DualAveraging(0.6, warmup=200), RobbinsMonro(0.6)], ids=lambda rule: type(rule).__name__
+)
+def test_a_rule_finds_the_target_per_block_and_stays_there(rule):
+    """As above: acceptances ``exp(-size / unit)``, seen with noise."""
+    unit = jnp.array([1e-3, 1.0, 100.0])
+
+    def step(state, k):
+        size = rule.value(state)
+        observed = jnp.exp(-size / unit) + 0.05 * random.normal(random.fold_in(random.key(0), k), (3,))
+        return rule.update(state, observed), size
+
+    sizes = np.asarray(jax.lax.scan(step, rule.init(jnp.full(3, 0.5)), jnp.arange(800))[1])
+    np.testing.assert_allclose(sizes[400:].mean(0), -np.log(0.6) * unit, rtol=0.05)
+    assert np.all(np.ptp(np.log(sizes[400:]), axis=0) < 0.2)
+
+
+@pytest.mark.parametrize("wrong", [{"target": 1.5}, {"warmup": 0}, {"gamma": -1.0}, {"kappa": 0}])
+def test_dual_averaging_refuses_impossible_settings(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        DualAveraging(**wrong)

@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # figures go to files, so no display is needed
 PROGRAMS = [page for page in pages.all_pages() if pages.has_program(page)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
 def test_page_shows_what_its_program_prints_and_draws(page):
     text, pictures = pages.run(page)

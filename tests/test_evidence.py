@@ -9,13 +9,15 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from clouds import z_score
-from evidence_problems import cauchy_prior, exact_cauchy, exact_regression, regression
 from jax import random
+from oracles import cauchy_prior, exact_cauchy, exact_regression, regression
 from scipy import stats
 
 from numpyro_smcopt import log_evidence
 from numpyro_smcopt.reporting import proposal_mixture, replicates, report_texts
 from numpyro_smcopt.reporting.effort import TEMPERED_REPLICATES
+
+pytestmark = pytest.mark.slow
 
 SEEDS = range(10)
 STANDARD_ERRORS = 4.0

@@ -23,6 +23,8 @@ from numpyro_smcopt.handlers import adapt, adapt_learning_rate, adapt_step_size,
 from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
 from numpyro_smcopt.kernels.integrators import exponential
 
+pytestmark = pytest.mark.slow
+
 Y = np.array([1.0, 2.0, 4.5], np.float32)
 
 

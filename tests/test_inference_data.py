@@ -26,6 +26,7 @@ matplotlib.use("Agg")
 FIRST_GENERATION = int(az.__version__.partition(".")[0]) < 1
 # Their own affairs: a deprecation inside ArviZ 0.x with matplotlib 3.11, and its talk about single chains.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping"),
     pytest.mark.filterwarnings("ignore:More chains .* than draws"),
 ]

@@ -21,6 +21,8 @@ from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Chains
 from numpyro_smcopt.theta_step import GradientFlow
 
+pytestmark = pytest.mark.slow
+
 
 def normal():
     mean = numpyro.param("mean", 0.3)

@@ -25,6 +25,8 @@ from numpyro_smcopt.kernels import preconditioners
 from numpyro_smcopt.kernels.integrators import exponential, nesterov, stability_limit, uncorrected
 from numpyro_smcopt.potential import make_target
 
+pytestmark = pytest.mark.slow
+
 STANDARD_ERRORS = 4.0
 
 

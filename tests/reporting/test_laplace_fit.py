@@ -14,6 +14,8 @@ from scipy.special import expit, logsumexp
 from numpyro_smcopt import SMCOptimizer
 from numpyro_smcopt.reporting.laplace_fit import FURTHEST, LaplacePoint, laplace_fit, no_laplace
 
+pytestmark = pytest.mark.slow
+
 GROUPS, SIZE = 150, 3
 
 

@@ -21,6 +21,8 @@ from scipy import optimize, stats
 from numpyro_smcopt import SMCOptimizer
 from numpyro_smcopt.reporting.standard_errors import curvature_of
 
+pytestmark = pytest.mark.slow
+
 NUM_GROUPS, PER_GROUP = 12, 4
 
 

@@ -15,6 +15,8 @@ from numpyro_smcopt import EarlyStop, SMCOptimizer, Status, one_block
 from numpyro_smcopt.kernels import MALA
 from numpyro_smcopt.runs.convergence import _student_quantile, look
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("level", [5e-4, 1e-5, 1e-6])
 def test_quantile_of_students_t(level):

@@ -23,6 +23,8 @@ from numpyro_smcopt.kernels import RandomWalk
 from numpyro_smcopt.runs import many_runs
 from numpyro_smcopt.runs.convergence import r_hat
 
+pytestmark = pytest.mark.slow
+
 Y = np.array([3.0, 5.5, 4.0, 3.5, 4.2], np.float32)
 HINT = 1.0
 STARTS = np.array([-2.5, 1.0, -1.0, 3.0], np.float32)

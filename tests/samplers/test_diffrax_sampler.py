@@ -12,6 +12,8 @@ from jax import random
 from numpyro_smcopt import ImplicitDiffusion
 from numpyro_smcopt.objectives import PathKL, Reward
 
+pytestmark = pytest.mark.slow
+
 diffrax = pytest.importorskip("diffrax")
 DiffraxSampler = pytest.importorskip("numpyro_smcopt.samplers.diffrax_sampler").DiffraxSampler
 

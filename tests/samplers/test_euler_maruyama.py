@@ -22,6 +22,8 @@ from numpyro_smcopt.random_numbers import draw_normals
 from numpyro_smcopt.samplers import EulerMaruyama, Gradient, Paths
 from numpyro_smcopt.samplers.paths import Dynamics, Ends, Grid, backward, checkpointed_backward, simulate
 
+pytestmark = pytest.mark.slow
+
 # The recursion by itself, with a random drift network
 
 

@@ -24,6 +24,8 @@ from oracles import balanced_groups, normal_fit
 from numpyro_smcopt import SMCOptimizer, Status
 from numpyro_smcopt.kernels import MALA
 
+pytestmark = pytest.mark.slow
+
 GROUP = np.repeat(np.arange(3), 4)
 Y = np.array([1.2, 0.4, 1.9, 0.8, -0.3, 0.6, -1.0, 0.1, 2.9, 3.4, 2.2, 3.0], np.float32)
 OTHER_Y = np.float32(1.5) - Y[::-1]
