@@ -7,11 +7,10 @@ of the package. Its normalising constants are unbiased whatever the number of pa
 closed forms.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiling import compile_fast
 from jax import random
 
 from numpyro_smcopt.block_search import find_blocks
@@ -21,9 +20,6 @@ from numpyro_smcopt.population.evaluate import resample_blocks
 from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.weights import incremental_log_weight, reweight, uniform_log_weights
-
-compile_fast = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""For programs that run once on little data: they take a third of the time to compile."""
 
 FAST_KEYS = "rbg"
 """A random number generator that compiles faster, for mapped programs without a loop of varying length: mapped, it

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from compiling import compile_tuned
 from jax import random
 from numpyro.distributions import constraints
 
@@ -111,7 +112,7 @@ def estimates(objective, x, log_weights):
     blocks = one_block(None, np.zeros((2, 1)), make_target(model, (), {}).sites.num_terms, None)
     log_z, change = log_normaliser(THETA), log_normaliser(THETA) - log_normaliser(REFERENCE)
 
-    @jax.jit
+    @compile_tuned
     def run(x, log_weights, arrays):
         target = make_target(model, (), {})
         objective.check(target, theta)

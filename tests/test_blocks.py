@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from compiling import compile_fast
 from jax import random
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -148,7 +149,7 @@ def ingredients(model, y=SCORES):
 
 
 def probe_of(terms_fn):
-    return jax.jit(jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,))))
+    return compile_fast(jax.vmap(lambda x, v: jax.jvp(terms_fn, (x,), (v,))))
 
 
 def generic_points(num):
@@ -161,7 +162,7 @@ def same_partition(one, other):
 
 
 def jacobian(terms_fn, x):
-    return np.asarray(jax.jit(jax.jacfwd(terms_fn))(jnp.asarray(x)))
+    return np.asarray(compile_fast(jax.jacfwd(terms_fn))(jnp.asarray(x)))
 
 
 @pytest.fixture(scope="module", params=LABELS, ids=lambda model: model.__name__)

@@ -21,7 +21,6 @@ import optax
 import pytest
 from clouds import (
     FAST_KEYS,
-    compile_fast,
     follow,
     identity,
     move_all,
@@ -32,6 +31,7 @@ from clouds import (
     step_of,
     z_score,
 )
+from compiling import compile_fast, compile_tuned
 from jax import random
 from numpyro import handlers
 from quartics import (
@@ -146,7 +146,7 @@ def path_statistics(kernel, joint, scheme=systematic, preconditioned=True, ess_t
     cholesky = np.linalg.cholesky(np.linalg.inv([[1, 0, 0.5], [0, 1, 0], [0.5, 0, 1]]))  # precision of the first target
     step = step_of(step_size(kernel), blocks, skewed_map(blocks) if preconditioned else identity(3))
 
-    @jax.jit
+    @compile_tuned
     def replicate(keys, share_of_ratio):
         def one(key):
             key_start, key_path = random.split(key)
@@ -218,7 +218,7 @@ def skewed_statistics(kernel, size=None, joint=True):
     step = step_of(step_size(kernel) if size is None else size, blocks, identity(2))
     potential = potential_of(skewed_terms, blocks)
 
-    @jax.jit
+    @compile_tuned
     def run(x, num_moves, rng_key):
         def body(k, carry):
             points, log_weights = carry
@@ -372,7 +372,7 @@ def test_preconditioning_follows_the_cloud_or_stays(name):
     z = (x[:, 1] - 5.0) / spread[1]
     log_weights = jax.nn.log_softmax(jnp.stack([jnp.zeros(4000), -(z**2) / 2], 1), axis=0)
     now = identity(2)
-    adapt = jax.jit(lambda p: preconditioning.adapt(p, x, log_weights, blocks))
+    adapt = compile_fast(lambda p: preconditioning.adapt(p, x, log_weights, blocks))
     once = adapt(now)
     if preconditioning.forgetting == 0.0:
         np.testing.assert_array_equal(once.scale, now.scale)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import partition, z_score
+from compiling import compile_tuned
 from jax import random
 
 from numpyro_smcopt import information
@@ -64,7 +65,7 @@ def informations(x, log_weights, joint):
         return louis_information(terms, theta, x, log_weights, blocks)
 
     arrays = (jnp.asarray(x, jnp.float32), jnp.asarray(log_weights, jnp.float32))
-    gradient, information = jax.jit(lambda a: jax.lax.map(one, a))(arrays)
+    gradient, information = compile_tuned(lambda a: jax.lax.map(one, a))(arrays)
     return map(np.asarray, (gradient, *information))
 
 
@@ -109,7 +110,7 @@ def test_errors_have_the_size_that_the_theory_says():
     for joint, predicted in ((True, 25 * np.sqrt(2 / 99)), (False, 25 * np.sqrt(2 / (50 * 99)))):
         blocks = partition(lambda x: toy(theta, x), NUM, joint)
         equal = jnp.full((num_particles, blocks.num_blocks), -np.log(num_particles))
-        of = jax.jit(
+        of = compile_tuned(
             lambda x, equal=equal, blocks=blocks: jax.lax.map(
                 lambda x: louis_information(toy, theta, x, equal, blocks)[1], x
             )

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clouds import compile_fast, partition
+from clouds import partition
+from compiling import compile_fast, compile_tuned
 from scipy import stats
 from scipy.optimize import minimize
 
@@ -136,7 +137,7 @@ def test_expansion_and_warm_start_on_a_random_intercept_far_away():
     start = jnp.zeros(3)
     blocks = partition(lambda x: terms(start, x), n)
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    expand = compile_tuned(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
 
     # The expansion at a place in the middle is exact: value, gradient and observed information.
     middle = exact + [10.0, 0.3, -0.2]
@@ -181,7 +182,7 @@ def test_warm_start_on_crossed_effects_that_are_confounded_with_the_mean():
     blocks = partition(lambda x: terms(jnp.zeros(4), x), 30)
     assert blocks.num_blocks == 1
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    expand = compile_tuned(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
     found = laplace.warm_start(expand, jnp.array([20.0, 0.0, 0.0, 0.0]), jnp.zeros(30), np.array([False] + 3 * [True]))
     best = minimize(loss, [23.0, 0.0, 0.0, 0.0], method="BFGS")
     assert found.converged and found.iterations < 20
@@ -237,7 +238,7 @@ def test_warm_start_leaves_a_plateau_where_a_scale_is_too_small_to_matter():
     start = jnp.array([-6.0, 0.0])
     blocks = partition(lambda x: terms(start, x), n)
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    expand = compile_tuned(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
     found = laplace.warm_start(expand, start, jnp.zeros(n), np.array([True, True]))
     np.testing.assert_allclose(found.theta, [np.log(sd2) / 2, np.log(sigma2) / 2], atol=0.02)
 
@@ -257,7 +258,7 @@ def test_importance_weights_take_most_of_the_error_from_the_value():
 
     blocks = partition(lambda x: terms(0.0, x), len(ones))
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(lambda t, x: terms(t[0], x), theta, x, normals, blocks, 1))
+    expand = compile_tuned(lambda theta, x: laplace.expand(lambda t, x: terms(t[0], x), theta, x, normals, blocks, 1))
     for log_slope in (0.0, 1.5):
         there = expand(jnp.array([log_slope]), jnp.zeros(len(ones)))
         value = np.sum(there.mode.terms) + there.half_log_det - len(ones) / 2 * np.log(2 * np.pi)
@@ -288,7 +289,7 @@ def test_warm_start_leaves_a_plateau_that_only_joint_steps_lead_away_from():
     start = jnp.zeros(3)
     blocks = partition(lambda x: terms(start, x), 150)
     normals = jnp.asarray(laplace.fixed_normals(64, blocks), jnp.float32)
-    expand = jax.jit(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
+    expand = compile_tuned(lambda theta, x: laplace.expand(terms, theta, x, normals, blocks, 1))
     for place in (start, jnp.array([y.mean(), -5.0, np.log(y.std())], jnp.float32)):
         found = laplace.warm_start(expand, place, jnp.zeros(150), np.array([False, True, True]))
         assert found.theta[1] > -1.0, found.theta

@@ -16,6 +16,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from compiling import compile_tuned
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import constraints
@@ -212,7 +213,7 @@ def test_largest_stable_steps_are_where_they_are_said_to_be(scheme):
     z = np.array([0.01, 0.1, 0.5, 1.0, 2.0, 5.0])
     limit = np.array([float(stability_limit(scheme(1.0, one))) for one in z]) / len(Y)
 
-    @jax.jit
+    @compile_tuned
     @functools.partial(jax.vmap, in_axes=(0, 0))
     def end(step_size, momentum):
         controls = optimizer._controls(state) | {"step_size": step_size, "momentum": momentum}
@@ -363,7 +364,7 @@ def test_damping_is_told():
     state = optimizer.init(random.key(0), Y)
     target = make_target(toy, (jnp.asarray(Y),), {})
 
-    @jax.jit
+    @compile_tuned
     @jax.vmap
     def diagnostics(momentum):
         def one(state, _):

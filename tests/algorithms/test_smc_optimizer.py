@@ -14,6 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from compiling import compile_tuned
 from jax import random
 from numpyro.distributions import constraints
 from oracles import random_intercepts_fit, random_intercepts_log_likelihood
@@ -303,7 +304,7 @@ def test_running_log_evidence_is_unbiased_on_a_fixed_path_with_every_resampling_
         means = jnp.sum(weights * state.points.x, 0)
         return jnp.exp(state.log_evidence_change), means, state.theta["mean"], state.diagnostics["num_resampled"]
 
-    runs = jax.jit(jax.vmap(jax.vmap(run, in_axes=(None, 0, 0))))
+    runs = compile_tuned(jax.vmap(jax.vmap(run, in_axes=(None, 0, 0))))
     found = runs(jnp.arange(len(SCHEMES)), points, random.split(random.key(1), shape))
     evidence, means, theta, num_resampled = map(np.asarray, found)
     np.testing.assert_allclose(theta, 1.0, rtol=1e-6)

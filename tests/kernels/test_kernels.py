@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from clouds import (
     FAST_KEYS,
-    compile_fast,
     follow,
     identity,
     move_all,
@@ -22,6 +21,7 @@ from clouds import (
     step_of,
     z_score,
 )
+from compiling import compile_fast, compile_tuned
 from jax import random
 from scipy import stats
 
@@ -169,7 +169,9 @@ def test_spread_of_the_weights_of_ula_at_fixed_theta():
     blocks = partition(lambda x: round_terms(x)[:1], d, joint=True)
     potential = potential_of(round_terms, blocks)
     points = jax.vmap(potential.evaluate)(random.normal(random.key(0), (num, d)))
-    move = jax.jit(lambda key, points: move_all(ULA(), key, points, potential, step_of(h, blocks, identity(d)))[1])
+    move = compile_tuned(
+        lambda key, points: move_all(ULA(), key, points, potential, step_of(h, blocks, identity(d)))[1]
+    )
     log_weights = np.asarray(move(random.key(1), points), np.float64)[:, 0]
     np.testing.assert_allclose(log_weights.std(), np.sqrt(d / 2) * h**1.5, rtol=0.03)
     weights = np.exp(log_weights)
@@ -184,7 +186,8 @@ def test_jarzynski():
     blocks = partition(lambda x: terms(1.0, x), 1, joint=True)
     step = step_of(0.1, blocks, identity(1))
 
-    @jax.jit
+    @compile_tuned
+    @jax.vmap
     def replicate(key):
         key_start, key_path = random.split(key)
         x = random.normal(key_start, (num_particles, 1))
@@ -192,9 +195,7 @@ def test_jarzynski():
         z = jnp.exp(log_z[0])
         return z, z * jnp.sum(jnp.exp(log_weights) * x**2), jnp.mean(x**2)
 
-    z, weighted, unweighted = map(
-        np.asarray, jax.vmap(replicate)(random.split(random.key(2, impl=FAST_KEYS), num_replicates))
-    )
+    z, weighted, unweighted = map(np.asarray, replicate(random.split(random.key(2, impl=FAST_KEYS), num_replicates)))
     assert abs(z_score(z, 2.0)) < STANDARD_ERRORS
     assert abs(z_score(weighted, 2.0 * 4.0)) < STANDARD_ERRORS
     assert z_score(unweighted, 3.5) < -STANDARD_ERRORS
@@ -207,7 +208,7 @@ def test_log_evidence_agrees_with_and_without_resampling():
     blocks = partition(lambda x: terms(1.0, x), 1, joint=True)
     step = step_of(0.3, blocks, identity(1))
 
-    @jax.jit
+    @compile_tuned
     @jax.vmap
     def replicate(key, threshold):
         key_start, key_path = random.split(key)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import identity, partition, potential_of, skewed_map, z_score
+from compiling import compile_tuned
 from jax import random
 from scipy.special import digamma, polygamma
 
@@ -169,7 +170,7 @@ def run(kernel, terms_fn, num_latents, start, step_size, z, num_moves, keep, met
     going = jax.tree.map(lambda v: jnp.full(blocks.num_blocks, v, jnp.result_type(float)), exponential(step_size, z))
     num_normals = kernel.num_normals(num_latents, blocks.num_blocks)
 
-    @jax.jit
+    @compile_tuned
     def chain(x, rng_key):
         def one(carry, key):
             x, velocity = carry

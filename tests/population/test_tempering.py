@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import partition, z_score
+from compiling import compile_tuned
 from jax import random
 from scipy import stats
 
@@ -62,7 +63,7 @@ def program(joint, curved):
     curvature = laplace.curvature(terms, mode, jnp.asarray(PRIOR), blocks) if curved else None
     step = Step(jnp.full(blocks.num_blocks, kernel.step_size), tempering.identity_like(mode, curvature))
 
-    @jax.jit
+    @compile_tuned
     def run(keys, starts, beta):
         def one(key, x):
             beta_of_blocks = jnp.full(blocks.num_blocks, beta)

@@ -14,6 +14,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from compiling import compile_fast
 from flax import nnx
 from jax import random
 from numpyro import handlers
@@ -219,8 +220,8 @@ def case(request):
     with jax.enable_x64(True):
         target = make_target(model, args, {})
         theta, x = somewhere(target)
-        ours = jax.jit(functools.partial(according_to_us, target))(theta, x)
-        truth = jax.jit(functools.partial(according_to_numpyro, model, args))(theta, target.sites.unravel(x))
+        ours = compile_fast(functools.partial(according_to_us, target))(theta, x)
+        truth = compile_fast(functools.partial(according_to_numpyro, model, args))(theta, target.sites.unravel(x))
         return Case(target, ours, truth)
 
 
@@ -287,7 +288,7 @@ def test_discrete_latents_are_summed_out():
     parts = np.log(share) + normal_log_density(Y, centre, scale), np.log1p(-share) + normal_log_density(Y, -1.0, scale)
 
     theta, x = {"share": jnp.log(share / (1 - share))}, jnp.array([centre, u])
-    energy = jax.jit(target.terms)(theta, x)
+    energy = compile_fast(target.terms)(theta, x)
     close(energy[target.sites.prior_mask].sum(), -prior)
     close(energy.sum(), -prior - np.logaddexp(*parts).sum())
 
@@ -307,7 +308,7 @@ def test_a_discrete_latent_in_a_plate_leaves_a_term_for_each_element():
     target = make_target(model, (Y[:5],), {})
     assert sum(size for _, size, prior in target.sites.terms if prior) == 1 + 3 + 1  # of the others a zero
     top, b = 0.4, np.array([0.1, -0.3, 0.9])
-    energy = jax.jit(target.terms)({"share": jnp.log(0.3 / 0.7)}, jnp.array([top, *b]))
+    energy = compile_fast(target.terms)({"share": jnp.log(0.3 / 0.7)}, jnp.array([top, *b]))
     arms = [np.log(p) + 2 * normal_log_density(Y[:3], b + shift, 0.5) for p, shift in ((0.3, 4.0), (0.7, 0.0))]
     each = np.concatenate([np.logaddexp(*arms), normal_log_density(Y[3:5], top, 1.0)])
     prior = np.concatenate([[normal_log_density(top, 0, 1.0)], normal_log_density(b, top, 1.0)])
@@ -326,7 +327,7 @@ def test_a_prior_that_hangs_on_a_discrete_latent_is_its_mixture():
     target = make_target(model, (0.7,), {})
     x = 1.1
     mixture = np.logaddexp(np.log(0.3) + normal_log_density(x, 3, 0.5), np.log(0.7) + normal_log_density(x, -1, 0.5))
-    energy = jax.jit(target.terms)({"share": jnp.log(0.3 / 0.7)}, jnp.array([x]))
+    energy = compile_fast(target.terms)({"share": jnp.log(0.3 / 0.7)}, jnp.array([x]))
     close(energy, [-mixture, -normal_log_density(0.7, x, 1.0)])
 
 
@@ -343,7 +344,7 @@ def test_prior_draws_have_the_moments_of_the_prior():
     target = make_target(mixed, (GROUP, Y), {})
     theta = {"mean": jnp.asarray(1.5), "sd": jnp.log(0.5)}
     keys = random.split(random.key(0), 4000)
-    draws = jax.jit(jax.vmap(lambda key: target.draw_prior(key, theta)))(keys)
+    draws = compile_fast(jax.vmap(lambda key: target.draw_prior(key, theta)))(keys)
     expected = np.repeat([1.5, 0.0], 3)  # b, then log s
     np.testing.assert_array_less(np.abs(draws.mean(0) - expected), 5 * 0.5 / np.sqrt(4000))
     np.testing.assert_array_less(np.abs(draws.var(0) / 0.25 - 1), 5 * np.sqrt(2 / 4000))
@@ -354,7 +355,7 @@ def test_prior_draws_have_the_moments_of_the_prior():
 def test_prior_draws_follow_the_hierarchy():
     target = make_target(support_in_latent, (Y,), {})
     keys = random.split(random.key(0), 4000)
-    draws = jax.jit(jax.vmap(lambda key: target.draw_prior(key, {"sd": jnp.log(2.0)})))(keys)
+    draws = compile_fast(jax.vmap(lambda key: target.draw_prior(key, {"sd": jnp.log(2.0)})))(keys)
     a, share = np.exp(draws[:, 0]), 1 / (1 + np.exp(-draws[:, 1]))  # share of the interval from -a to a
     np.testing.assert_array_less(abs(a.mean() - 2 * np.sqrt(2 / np.pi)), 5 * a.std() / np.sqrt(4000))
     np.testing.assert_array_less(abs(share.mean() - 0.5), 5 * np.sqrt(1 / 12 / 4000))
@@ -364,7 +365,7 @@ def test_prior_draws_follow_the_hierarchy():
 def test_an_init_strategy_gives_the_start():
     target = make_target(mixed, (GROUP, Y), {})
     theta = {"mean": jnp.asarray(1.5), "sd": jnp.log(0.5)}
-    x = jax.jit(
+    x = compile_fast(
         lambda: target.draw_start(
             random.key(0), theta, functools.partial(init_to_value, values={"b": Y[:3], "s": jnp.exp(Y[3:])})
         )
@@ -393,7 +394,7 @@ def improper_chain(y):
 def test_an_improper_prior_cannot_be_drawn_but_started(model):
     target = make_target(model, (Y[:2],), {})
     assert not target.sites.can_draw_prior and target.sites.num_latents == 2
-    x = jax.jit(lambda key: target.draw_start(key, {"sd": jnp.zeros(())}))(random.key(0))
+    x = compile_fast(lambda key: target.draw_start(key, {"sd": jnp.zeros(())}))(random.key(0))
     assert x.shape == (2,) and np.all(np.abs(x) < 2) and x[0] != x[1]
 
 
@@ -406,7 +407,7 @@ def test_a_latent_made_a_parameter_keeps_or_drops_its_prior(keep_prior):
     if keep_prior:
         expected += np.log(2) + normal_log_density(scale, 0.0, 1.0)  # on the constrained scale: no Jacobian
     assert set(target.sites.params) == {"mean", "scale"} and set(target.sites.latents) == {"x"}
-    energy = jax.jit(target.terms)({"mean": jnp.asarray(1.0), "scale": jnp.log(scale)}, jnp.array([x]))
+    energy = compile_fast(target.terms)({"mean": jnp.asarray(1.0), "scale": jnp.log(scale)}, jnp.array([x]))
     close(energy.sum(), -expected)
 
 
@@ -473,10 +474,10 @@ def test_a_module_is_one_parameter_with_the_leaves_of_its_tree(name):
     bias = x[0] if x.size else next(leaf for leaf in leaves if leaf.size == 1)
     expected = linear_truth(kernel, bias, Y) + (normal_log_density(x[0], 0.0, 2.0) if x.size else 0.0)
 
-    energy, grad = jax.jit(jax.value_and_grad(lambda theta: target.terms(theta, x).sum()))(theta)
+    energy, grad = compile_fast(jax.value_and_grad(lambda theta: target.terms(theta, x).sum()))(theta)
     close(energy, -expected)
     assert np.all(next(leaf for leaf in jax.tree.leaves(grad) if leaf.size == 2) != 0)
-    assert jax.tree.structure(jax.jit(target.constrain_params)(theta)) == jax.tree.structure(theta)
+    assert jax.tree.structure(compile_fast(target.constrain_params)(theta)) == jax.tree.structure(theta)
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from compiling import compile_fast, compile_tuned
 from jax import random
 from jax.flatten_util import ravel_pytree
 from numpyro.contrib.module import flax_module
@@ -80,13 +81,13 @@ def test_adjoint_is_the_forward_sensitivity(num_steps):
         flat, unravel = ravel_pytree(theta)
         exact, forward = loss(theta), jax.jacfwd(lambda t: loss(unravel(t)))(flat)
 
-        @jax.jit
+        @compile_fast
         def stored(theta):
             end, path, cost = simulate(dynamics, theta, y, key)
             ends, value = ends_of_adjoint(beta, end, cost)
             return backward(dynamics, theta, path, key, ends), value
 
-        @jax.jit
+        @compile_fast
         def checkpointed(theta):
             return checkpointed_backward(dynamics, theta, y, key, lambda *a: ends_of_adjoint(beta, *a))
 
@@ -161,7 +162,7 @@ def test_gradients_are_unbiased(settings):
     optimizer = ImplicitDiffusion(linear, optax.sgd(0.0), OBJECTIVE, sampler=sampler(**settings), num_particles=8)
     state = optimizer.init(random.key(0))
 
-    @jax.jit
+    @compile_tuned
     def many(state):
         def body(state, _):
             state, loss = optimizer.update(state)
@@ -185,7 +186,7 @@ def test_noise_of_the_score_function_grows_with_the_time_but_not_with_the_steps(
     steps = EulerMaruyama(np.arange(most_steps + 1), dist.Normal(0.5, 0.5), sigma, Gradient.SCORE_FUNCTION)
     objective = Reward(lambda sample: sample["y"])
 
-    @jax.jit
+    @compile_tuned
     def gradients(grid, keys):
         def one(key):
             dynamics = Dynamics(lambda theta, t, y: theta - y, None, grid)

@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import optax
 import pytest
+from compiling import compile_tuned
 from jax import random
 from jax.example_libraries import optimizers
 
@@ -60,7 +61,7 @@ def walk(units, num_steps=400, noise=1.0, dtype=float, step=NaturalStep()):  # n
         )
 
     start = jnp.zeros(P, dtype)
-    _, paths = jax.jit(lambda keys: jax.lax.scan(body, (start, step.init(start)), keys))(
+    _, paths = compile_tuned(lambda keys: jax.lax.scan(body, (start, step.init(start)), keys))(
         random.split(random.key(1), num_steps)
     )
     return (*map(np.asarray, paths), optimum, observed, missing)
