@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compile_tuned
 from jax import random
 from models import normal
 from numpyro.handlers import block, scope, substitute, trace
@@ -78,12 +79,12 @@ def subjects():
         state = optimizer.init(random.key(0), Y)
         for _ in range(3):  # a first update starts from rest
             state, _ = optimizer.update(state, Y)
-        jitted = jax.jit(lambda state, optimizer=optimizer: optimizer.update(state, Y)[0])
+        jitted = compile_tuned(lambda state, optimizer=optimizer: optimizer.update(state, Y)[0])
 
         def body(state, _, optimizer=optimizer):
             return optimizer.update(state, Y)[0], None
 
-        scanned = jax.jit(lambda state, body=body: jax.lax.scan(body, state, None, length=1)[0])
+        scanned = compile_tuned(lambda state, body=body: jax.lax.scan(body, state, None, length=1)[0])
         with trace() as sites:
             plain, _ = optimizer.update(state, Y)
         numbers = {name.removeprefix("smcopt/"): site["value"] for name, site in sites.items()}
@@ -168,7 +169,7 @@ def bound(subject):
 
 
 def inside_a_jit(subject):
-    @jax.jit
+    @compile_tuned
     def update(state, values):
         with substitute(data=names(values)):
             return subject.optimizer.update(state, Y)[0]
@@ -177,7 +178,7 @@ def inside_a_jit(subject):
 
 
 def inside_a_scan(subject):
-    @jax.jit
+    @compile_tuned
     def scan(state, values):
         def body(state, values):
             with substitute(data=names(values)):
@@ -244,7 +245,7 @@ def test_a_function_acts_in_what_is_compiled_with_it(way, subjects):
             return subject.optimizer.update(state, Y)[0], None
 
     if way == "jit":
-        new, _ = jax.jit(update)(subject.state, None)
+        new, _ = compile_tuned(update)(subject.state, None)
     elif way == "scan":
         new, _ = jax.lax.scan(update, subject.state, None, length=1)
     else:

@@ -11,6 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from compiling import compile_tuned
 from jax import random
 from oracles import balanced_groups
 
@@ -237,7 +238,7 @@ def test_data_of_another_grouping_are_refused_and_the_right_ones_go_on():
     state = optimizer.init(random.key(0), label, y)
     with pytest.raises(ValueError, match="latents depend on one another in another way"):
         optimizer.update(state, np.roll(label, 1), y)
-    jitted = jax.jit(optimizer.update)
+    jitted = compile_tuned(optimizer.update)
     disturbed, loss = jitted(state, np.roll(label, 1), y)
     assert np.isnan(loss)
     for a, b in zip(*(jax.tree.leaves(jitted(s, label, y)[0].points) for s in (disturbed, state)), strict=True):

@@ -18,7 +18,7 @@ import pytest
 from jax import random
 
 from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
-from numpyro_smcopt.kernels import MALA, ULA, RandomWalk
+from numpyro_smcopt.kernels import MALA, ULA
 from numpyro_smcopt.kernels.integrators import exponential
 from numpyro_smcopt.population.safeguards import RECOVERY, SHORTER, SHORTEST, SLOWER, next_backoff
 
@@ -49,7 +49,6 @@ def model(y, rate):
 
 CASES = {
     "default": {},
-    "random_walk": {"kernel": RandomWalk()},
     "adam_mala": {"optim": optax.adam(0.05), "kernel": MALA()},
     "adam_ula": {"optim": optax.adam(0.05), "kernel": ULA()},
 }

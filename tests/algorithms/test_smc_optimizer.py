@@ -476,6 +476,8 @@ def test_joint_weights_have_more_particles():
             with numpyro.plate("members", y.shape[0]):
                 numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
 
-    shapes = {shape: np.zeros(shape, np.float32) for shape in [(20_000, 1), (200, 100)]}
-    num = {shape: SMCOptimizer(model).init(random.key(0), y).log_weights.shape for shape, y in shapes.items()}
-    assert num == {(20_000, 1): (128, 1), (200, 100): (32, 100)}
+    def num_particles(num_groups, size):
+        target = make_target(model, (np.zeros((size, num_groups), np.float32),), {})
+        return SMCOptimizer(model)._num_particles_for(target, {"mean": jnp.zeros(())}, num_groups)
+
+    assert (num_particles(1, 20_000), num_particles(100, 200)) == (128, 32)
