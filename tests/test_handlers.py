@@ -247,7 +247,7 @@ def test_a_function_acts_in_what_is_compiled_with_it(way, subjects):
     if way == "jit":
         new, _ = compile_tuned(update)(subject.state, None)
     elif way == "scan":
-        new, _ = jax.lax.scan(update, subject.state, None, length=1)
+        new, _ = compile_tuned(lambda state: jax.lax.scan(update, state, None, length=1))(subject.state)
     else:
         with substitute(data={"smcopt/theta_limit": value}):
             new = subject.optimizer.run(None, 1, Y, progress_bar=False, init_state=subject.state).state
@@ -267,7 +267,7 @@ def test_nothing_leaks_and_all_sites_act_at_once(kind, subjects):
 
     with jax.checking_leaks():
         eager, _ = body(state, None)
-        several, _ = jax.lax.scan(body, state, None, length=2)
+        several, _ = compile_tuned(lambda state: jax.lax.scan(body, state, None, length=2))(state)
         with substitute(data=data):
             run = optimizer.run(None, 2, Y, progress_bar=False, init_state=state).state
     assert equal(several, run, 1e-5)
@@ -356,7 +356,7 @@ def test_control_compiles_nothing_for_new_numbers(plain, compilations):
 def test_control_takes_a_traced_value(plain):
     optimizer, state = plain
 
-    @jax.jit
+    @compile_tuned
     def moved_by(rate):
         with control(learning_rate=rate):
             return optimizer.update(state, Y)[0].theta["mean"] - state.theta["mean"]
