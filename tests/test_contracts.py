@@ -406,14 +406,16 @@ def test_gradient_of_marginal_likelihood_is_right_in_blocks(name):
         log_ratio = -((x - mean) ** 2) + (x - mean - 0.3) ** 2 / 1.2
         log_weights = jax.nn.log_softmax(blocks.sum_coordinates(log_ratio), axis=0)
 
-        def estimate(theta, x=x, log_weights=log_weights, blocks=blocks):
+        @compile_fast
+        @jax.grad
+        def estimate(theta, x, log_weights, blocks=blocks):
             energy = jax.vmap(lambda x: terms(theta, x))(x)
             grad = jax.vmap(jax.grad(lambda x: jnp.sum(terms(jnp.asarray(0.7), x))))(x)
             cloud = Cloud(x, energy, grad, log_weights, blocks)
             coefficients = term_coefficients(objective.estimate(None, cloud), blocks)
             return jnp.sum(jax.lax.stop_gradient(coefficients) * energy)
 
-        gradient = float(jax.grad(estimate)(theta))
+        gradient = float(estimate(theta, x, log_weights))
         weights, slopes = np.exp(log_weights), np.asarray(blocks.sum_coordinates(theta - x))
         error = np.sqrt(np.sum((weights * (slopes - np.sum(weights * slopes, 0))) ** 2))
         assert error < 0.03
@@ -421,8 +423,7 @@ def test_gradient_of_marginal_likelihood_is_right_in_blocks(name):
         if "calibrated" in name:
             continue  # the control variates correct what wrong weights do to a Gaussian
         # Without the weights it must not pass.
-        equal = jnp.full_like(log_weights, -np.log(num))
-        wrong = float(jax.grad(lambda t, equal=equal: estimate(t, log_weights=equal))(theta))
+        wrong = float(estimate(theta, x, jnp.full_like(log_weights, -np.log(num))))
         assert abs(wrong - exact) > 5 * STANDARD_ERRORS * error
 
 
