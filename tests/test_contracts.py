@@ -179,12 +179,14 @@ def path_scores(estimates):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "joint"), [*((name, False) for name in KERNELS), ("hmc", True), ("ula", True)])
 def test_weights_of_kernel_are_unbiased_on_a_gaussian_path(name, joint):
     scores = path_scores(path_statistics(KERNELS[name], joint)())
     assert np.all(abs(scores) < STANDARD_ERRORS), scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
 def test_resampling_scheme_keeps_weights_unbiased_on_a_gaussian_path(name):
     """Resampled at every step, whatever the ESS."""
@@ -193,6 +195,7 @@ def test_resampling_scheme_keeps_weights_unbiased_on_a_gaussian_path(name):
     assert np.all(abs(scores) < STANDARD_ERRORS), scores
 
 
+@pytest.mark.slow
 def test_path_notices_weights_without_the_kernel_densities():
     run = path_statistics(KERNELS["ula"], True)
     assert np.all(abs(path_scores(run())) < STANDARD_ERRORS)
@@ -427,6 +430,7 @@ def test_gradient_of_marginal_likelihood_is_right_in_blocks(name):
         assert abs(wrong - exact) > 5 * STANDARD_ERRORS * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_and_loss_of_objective_agree_with_quadrature(name, weighted):

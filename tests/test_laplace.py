@@ -13,6 +13,8 @@ from scipy.optimize import minimize
 
 from numpyro_smcopt import laplace
 
+pytestmark = pytest.mark.slow
+
 # Blocks of unequal size: coordinates {0, 3}, {1} and {2, 4, 5}.
 GROUPS = [[0, 3], [1], [2, 4, 5]]
 

@@ -178,6 +178,7 @@ def test_spread_of_the_weights_of_ula_at_fixed_theta():
     np.testing.assert_allclose(weights.mean() ** 2 / np.mean(weights**2), np.exp(-d * h**3 / 2), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_jarzynski():
     """Spec, check 6: from N(0, 1) to N(0, 4); the weights make up for the particles that lag behind."""
     num_replicates, num_particles = 400, 100
@@ -201,6 +202,7 @@ def test_jarzynski():
     assert z_score(unweighted, 3.5) < -STANDARD_ERRORS
 
 
+@pytest.mark.slow
 def test_log_evidence_agrees_with_and_without_resampling():
     """Spec, check 7: one estimate resamples at every step, one never."""
     schedule = jnp.array([1.0, 1.4, 2.0, 3.0, 4.0])

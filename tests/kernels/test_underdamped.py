@@ -27,6 +27,8 @@ from numpyro_smcopt.kernels.integrators import (
 )
 from numpyro_smcopt.kernels.underdamped import leapfrog_step
 
+pytestmark = pytest.mark.slow
+
 STANDARD_ERRORS = 4.0
 GRID = np.geomspace(1e-6, 50, 60)
 

@@ -40,6 +40,8 @@ from numpyro_smcopt.objectives import (
 from numpyro_smcopt.potential import make_target
 from numpyro_smcopt.weights import weighted_mean
 
+pytestmark = pytest.mark.slow
+
 
 def normal():
     mean = numpyro.param("mean", 0.0)

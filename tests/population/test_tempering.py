@@ -17,6 +17,8 @@ from numpyro_smcopt import laplace
 from numpyro_smcopt.kernels import HMC, Step
 from numpyro_smcopt.population import tempering
 
+pytestmark = pytest.mark.slow
+
 STANDARD_ERRORS = 4.0
 NUM_REPLICATES, NUM_PARTICLES = 200, 128
 
