@@ -42,11 +42,9 @@ class ProposalMixture(NamedTuple):
         base: [K] energy terms there.
         factor: [B, M, M] ``F``, with ``F F^T`` the inverse Hessian.
         inverse: [B, M, M] its inverse.
-        log_volume: [B] ``log |det F|``.
         mean: [B, M] mean of the cloud in z.
         spread: [B, M, M] Cholesky factor of its covariance in z.
         tightness: [B, M, M] the inverse of ``spread``.
-        log_spread: [B] ``log |det spread|``.
         laplace: [B] log evidence of each block by the Laplace approximation, relative to ``-base``.
         concave: [B] bool, whether there is such an approximation; elsewhere ``F`` is diagonal, from the cloud.
     """
@@ -55,11 +53,9 @@ class ProposalMixture(NamedTuple):
     base: Array
     factor: Array
     inverse: Array
-    log_volume: Array
     mean: Array
     spread: Array
     tightness: Array
-    log_spread: Array
     laplace: Array
     concave: Array
 
@@ -104,9 +100,7 @@ def fit_mixture(terms_fn: Callable[[Array], Array], x: Array, log_weights: Array
     round_one = jnp.broadcast_to(eye, factor.shape)
     zeros = jnp.zeros((blocks.num_blocks, width), x.dtype)
     laplace = log_volume + jnp.sum(present, 1) * (0.5 * np.log(2 * np.pi)).astype(x.dtype)
-    mixture = ProposalMixture(
-        center, mode.terms, factor, inverse, log_volume, zeros, round_one, round_one, zeros[:, 0], laplace, concave
-    )
+    mixture = ProposalMixture(center, mode.terms, factor, inverse, zeros, round_one, round_one, laplace, concave)
     z = jax.vmap(lambda one: mixture.to_z(one, blocks))(x)
     ess = effective_sample_size(log_weights)
     share = (ess / (ess + TRUST * width))[:, None]
@@ -118,9 +112,8 @@ def fit_mixture(terms_fn: Callable[[Array], Array], x: Array, log_weights: Array
     sound = jnp.all(jnp.isfinite(spread), (1, 2)) & jnp.all(jnp.isfinite(mean), 1)
     spread = jnp.where(sound[:, None, None], spread, eye)
     tightness = jax.scipy.linalg.solve_triangular(spread, jnp.broadcast_to(eye, spread.shape), lower=True)
-    log_spread = jnp.sum(jnp.log(jnp.diagonal(spread, axis1=1, axis2=2)), 1)
     mean = jnp.where(sound[:, None], share * mean, 0.0)
-    return mixture._replace(mean=mean, spread=spread, tightness=tightness, log_spread=log_spread)
+    return mixture._replace(mean=mean, spread=spread, tightness=tightness)
 
 
 def draw_uniforms(rng: np.random.Generator, num: int, with_prior: bool, size: int) -> np.ndarray:
@@ -159,15 +152,15 @@ def log_densities(mixture: ProposalMixture, x: Array, log_prior: Array | None, b
     """
     z = mixture.to_z(x, blocks)
     dimension = jnp.sum(blocks.members < x.shape[0], 1)
-    constant = -dimension * (0.5 * np.log(2 * np.pi)) - mixture.log_volume
+    log_tightness = jnp.sum(jnp.log(jnp.diagonal(mixture.tightness, axis1=1, axis2=2)), 1)
     near = jnp.sum(z**2, 1)
     far = jnp.sum(jnp.einsum("bij,bj->bi", mixture.tightness, z - mixture.mean) ** 2, 1)
 
     def wide(scale: float) -> Array:
-        return constant - mixture.log_spread - dimension * np.log(scale) - far / (2 * scale**2)
+        return log_tightness - mixture.laplace - dimension * np.log(scale) - far / (2 * scale**2)
 
     last = wide(WIDEST) if log_prior is None else log_prior
-    logs = jnp.stack([constant - near / 2, wide(1.0), wide(WIDER), last]).astype(x.dtype)
+    logs = jnp.stack([-mixture.laplace - near / 2, wide(1.0), wide(WIDER), last]).astype(x.dtype)
     shares = np.log(np.array(COUNTS) / SIZE)[:, None].astype(x.dtype)
     return logs, logsumexp(logs + shares, 0)
 
