@@ -20,7 +20,7 @@ from numpyro_smcopt.reporting.laplace_fit import laplace_fit
 from numpyro_smcopt.reporting.replicates import Draws
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.reporting.report_texts import about_curvature, about_draws, about_laplace, about_laplace_fit
-from numpyro_smcopt.reporting.standard_errors import Curvature, curvature_of, mean_and_error, no_curvature
+from numpyro_smcopt.reporting.standard_errors import ROUNDING, Curvature, curvature_of, mean_and_error, no_curvature
 from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.types import Array, Params
 
@@ -86,7 +86,8 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
     covariance, sandwich = by_delta(curvature.covariance), None
     if found.derivatives is not None and found.derivatives.outer is not None:
         sandwich = by_delta(curvature.covariance @ found.derivatives.outer @ curvature.covariance)
-    mc_errors = np.hypot(*mean_and_error(curvature.steps @ jacobian.T))
+    away, blur = mean_and_error(curvature.steps @ jacobian.T)
+    mc_errors = np.sqrt(away**2 + blur**2 + np.sum((jacobian @ _rounding(found, curvature)) ** 2, 1))
     of_theta = lambda v: unravel(v, fixed.theta)  # noqa: E731
     return Report(
         params=params,
@@ -128,6 +129,13 @@ def _jumps(found: Exploration) -> bool:
     gap, error = mean_and_error(found.derivatives.score - found.derivatives.plain_score)
     size = np.sqrt(np.abs(np.diag(found.derivatives.complete)))
     return bool(np.any((abs(gap) > JUMP_ERRORS * error) & (abs(gap) > JUMP * size)))
+
+
+def _rounding(found: Exploration, curvature: Curvature) -> np.ndarray:
+    """[P, P] how far the maximum is off by the rounding of each coordinate of the score, in single precision."""
+    if found.derivatives is None:
+        return curvature.covariance
+    return curvature.covariance * (ROUNDING * np.sqrt(np.abs(np.diag(found.derivatives.complete))))
 
 
 def _at_the_maximum(

@@ -29,8 +29,9 @@ class Report:
         standard_errors: Like ``params``: standard errors on the constrained scale, by the delta method. NaN where a
             parameter is not identified or lies on the boundary of its support.
         covariance: [Q, Q] of the constrained parameters, in the order of ``names``; NaN in the same places.
-        mc_errors: Like ``params``: how far the estimate is from the exact maximum, as a root mean square. This is the
-            error of the computation, which more updates remove; the standard errors are those of the data.
+        mc_errors: Like ``params``: how far the estimate is from the exact maximum, as a root mean square, rounding
+            included. This is the error of the computation, which more updates remove; the standard errors are those
+            of the data.
         names: [Q] ``"beta[0]"`` and so on, the coordinates of ``params`` in the order of ``covariance``.
         log_evidence: Log marginal likelihood at the estimate.
         log_evidence_std: Its Monte Carlo standard deviation.
