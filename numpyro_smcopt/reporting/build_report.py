@@ -135,7 +135,8 @@ def _rounding(found: Exploration, curvature: Curvature) -> np.ndarray:
     """[P, P] how far the maximum is off by the rounding of each coordinate of the score, in single precision."""
     if found.derivatives is None:
         return curvature.covariance
-    return curvature.covariance * (ROUNDING * np.sqrt(np.abs(np.diag(found.derivatives.complete))))
+    spread = np.sqrt(np.abs(np.diag(found.derivatives.complete)))
+    return curvature.covariance * np.where(np.isfinite(spread), ROUNDING * spread, 0.0)
 
 
 def _at_the_maximum(
