@@ -63,10 +63,7 @@ def affordable(blocks: Blocks) -> bool:
 def hessian_blocks(gradient_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> Array:
     """[..., B, M, M] Hessians of the blocks; padded with the identity.
 
-    Args:
-        gradient_fn: ``x [D] -> [..., D]``, one or several gradients of energies.
-        x: [D].
-        blocks: The partition.
+    ``gradient_fn`` is ``x [D] -> [..., D]``, one or several gradients of energies.
     """
     num, width = blocks.members.shape
     columns = blocks.members.T  # [M, B]: the m-th coordinate of every block is disturbed at once
@@ -111,13 +108,7 @@ class Mode(NamedTuple):
 
 
 def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> Mode:
-    """Minimise the energy by Newton's method with Levenberg-Marquardt damping, block by block.
-
-    Args:
-        terms_fn: ``x [D] -> [K]``.
-        x: [D] where to start.
-        blocks: The partition.
-    """
+    """Minimise the energy by Newton's method with Levenberg-Marquardt damping, block by block."""
     eye = jnp.eye(blocks.width, dtype=x.dtype)
 
     def energy_and_terms(x: Array) -> tuple[Array, Array]:
@@ -169,10 +160,8 @@ def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> M
 
 
 def factors(hessian: Array) -> tuple[Array, Array, Array]:
-    """``F`` with ``H^-1 = F F^T``, its inverse, and half the log determinant of ``H``, per block.
-
-    Args:
-        hessian: [B, M, M]; where it is not positive definite the results are NaN.
+    """``F`` with ``H^-1 = F F^T``, its inverse, and half the log determinant of ``H [B, M, M]``, per block; NaN
+    where it is not positive definite.
 
     Returns:
         [B, M, M], [B, M, M] and [B].
@@ -207,13 +196,8 @@ def expand(
 ) -> Expansion:
     """Laplace approximation at ``theta``, and the gradient and information that draws from it give.
 
-    Args:
-        terms_fn: ``(theta [P], x [D]) -> [K]``.
-        theta: [P].
-        x: [D] where to start looking for the mode.
-        normals: [N, D] fixed standard normal draws, so that the result is a smooth function of theta.
-        blocks: The partition.
-        work: Array elements that one energy computes.
+    ``terms_fn`` is ``(theta [P], x [D]) -> [K]``; the search begins at x [D]; and ``normals [N, D]`` are fixed, so that
+    the result is a smooth function of theta.
     """
     mode = find_mode(lambda one: terms_fn(theta, one), x, blocks)
     factor, _, half_log_det = factors(mode.hessian)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_smcopt.kernels import HMC, InvariantKernel
+from numpyro_smcopt.kernels import HMC
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import StaticArguments
@@ -60,7 +60,7 @@ def _evidence_at(
     start = Start(algorithm._program, static, arrays, algorithm._target(arrays, static), state.theta)
     cloud, kernel = Draws(state.points.x, state.log_weights), getattr(algorithm, "kernel", None)
     # The kernel of the algorithm, or one that serves any model
-    kernel = kernel if isinstance(kernel, InvariantKernel) else HMC()
+    kernel = kernel if getattr(kernel, "invariant", False) else HMC()
     strategy = getattr(algorithm, "init_strategy", None)
     return EvidenceAt(rng_key, start, cloud, state.blocks, kernel, init_strategy=strategy)
 

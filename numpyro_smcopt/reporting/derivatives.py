@@ -146,15 +146,7 @@ class MovingTarget:
 def moving_target(
     target: Target, theta: Theta, directions: Moved, mixture: ProposalMixture | None, blocks: Blocks
 ) -> MovingTarget:
-    """A target whose theta may move.
-
-    Args:
-        target: The target.
-        theta: Where theta is.
-        directions: [P] of them.
-        mixture: In whose coordinates the latents move; None if they stay.
-        blocks: The partition.
-    """
+    """A target whose theta may move along directions [P], and its latents in the coordinates of a mixture, or not."""
     terms_fn, flat, _ = flat_terms(target, theta)
     origin = jax.tree.map(lambda v: jnp.zeros(v.shape[1:], v.dtype), directions)._replace(theta=flat)
     if mixture is None or directions.still:

@@ -91,15 +91,7 @@ class Exploration(NamedTuple):
 
 
 def complete_information(rng_key: Array, start: Start, params: Params, cloud: Draws, blocks: Blocks) -> np.ndarray:
-    """[P, P] complete-data information at latents that stay, in double precision.
-
-    Args:
-        rng_key: Randomness.
-        start: The target, and programs bound to it.
-        params: Constrained.
-        cloud: Particles of the posterior at ``params``, or near it.
-        blocks: The partition.
-    """
+    """[P, P] complete-data information at latents that stay, from a cloud near the posterior; in double precision."""
     num_params, num_particles = ravel(start.theta).size, len(cloud.x)
     num = budget.num_for_information(num_particles, blocks.num_blocks, num_params, start.target.work(start.theta))
     some = slice(0, num * (num_particles // num), num_particles // num)

@@ -69,14 +69,7 @@ class ProposalMixture(NamedTuple):
 
 
 def fit_mixture(terms_fn: Callable[[Array], Array], x: Array, log_weights: Array, blocks: Blocks) -> ProposalMixture:
-    """Put a mixture where a cloud lies.
-
-    Args:
-        terms_fn: ``x [D] -> [K]``.
-        x: [N, D] particles of the posterior, or near it.
-        log_weights: [N, B] their normalised log weights.
-        blocks: The partition.
-    """
+    """Put a mixture where a cloud of particles [N, D] with normalised log weights [N, B] lies."""
     size, width = x.shape[1], blocks.width
     eye = jnp.eye(width, dtype=x.dtype)
     present = blocks.members < size
@@ -127,11 +120,7 @@ def draw_uniforms(rng: np.random.Generator, num: int, with_prior: bool, size: in
 def draw_mixture(uniforms: Array, mixture: ProposalMixture, blocks: Blocks, prior: Array | None) -> Array:
     """[SIZE, D] draws, those of each component together.
 
-    Args:
-        uniforms: [C, 2, D] from `draw_uniforms`.
-        mixture: The Gaussian components.
-        blocks: The partition.
-        prior: [COUNTS[-1], D] draws from the prior, or None if it cannot be drawn from.
+    ``uniforms [C, 2, D]`` are those of `draw_uniforms`; ``prior [COUNTS[-1], D]`` is None if it cannot be drawn from.
     """
     counts = COUNTS[: uniforms.shape[0]]
     normals = [blocks.gather(_lattice(u, n), 0.0) for u, n in zip(uniforms, counts, strict=True)]
@@ -144,11 +133,7 @@ def draw_mixture(uniforms: Array, mixture: ProposalMixture, blocks: Blocks, prio
 def log_densities(mixture: ProposalMixture, x: Array, log_prior: Array | None, blocks: Blocks) -> tuple[Array, Array]:
     """Log densities of the components, [C, B], and of the mixture, [B], at one particle.
 
-    Args:
-        mixture: The Gaussian components.
-        x: [D] the particle.
-        log_prior: [B] log density of the prior, or None if it is no component.
-        blocks: The partition.
+    ``log_prior [B]`` is the log density of the prior, or None if it is no component.
     """
     z = mixture.to_z(x, blocks)
     dimension = jnp.sum(blocks.members < x.shape[0], 1)

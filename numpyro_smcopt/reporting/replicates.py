@@ -92,14 +92,8 @@ def weigh_replicates(
 ) -> tuple[Draws, Array, Array]:
     """Draw from the mixture and weigh.
 
-    Args:
-        rng_key: Randomness of the draws from the prior.
-        uniforms: [R, C, 2, D] randomness of the others, from `proposal_mixture.draw_uniforms`.
-        target: The target.
-        theta: Where.
-        mixture: The Gaussian components of q.
-        blocks: The partition.
-        probes: [N, D] particles of the posterior.
+    The key draws from the prior, ``uniforms [R, C, 2, D]`` of `proposal_mixture.draw_uniforms` from the other
+    components. The probes [N, D] are particles of the posterior.
 
     Returns:
         R replicates; [R, B, C + 1, C + 1] the mean of ``v v^T`` over the draws of each, ``v`` being one, the weight w
@@ -144,10 +138,8 @@ def draw_priors(rng_key: Array, target: Target, theta: Theta, num: int) -> Array
 def combine_weighed(moments: np.ndarray, at_probes: np.ndarray, probe_log_weights: np.ndarray) -> BlockEvidence:
     """Log evidence of each block with its error.
 
-    Args:
-        moments: [R, B, C + 1, C + 1] from `weigh_replicates`.
-        at_probes: [N, B] from there too.
-        probe_log_weights: [N, B] normalised log weights of the probes as particles of the posterior.
+    Both arrays of probes are [N, B]: log weights that they would have had as draws from the mixture, and normalised
+    ones that they have as particles of the posterior. The moments [R, B, C + 1, C + 1] are those of `weigh_replicates`.
     """
     moments = np.asarray(moments, float)
     num, tiny = len(moments), np.finfo(float).tiny
@@ -183,17 +175,8 @@ def temper_replicate(
 ) -> tempering.Tempered:
     """One replicate, tempered from the mixture, or from the prior where the mixture has missed something.
 
-    Its log evidence is relative to the Laplace approximation.
-
-    Args:
-        rng_key: Randomness.
-        uniforms: [C, 2, D] randomness of the draws from the mixture.
-        target: The target.
-        theta: Where.
-        mixture: The Gaussian components of q.
-        blocks: The partition.
-        missed: [B] bool, the blocks that start from the prior, if it can be drawn from.
-        kernel: Moves the particles.
+    Its log evidence is relative to the Laplace approximation. ``uniforms [C, 2, D]`` draw from the mixture; ``missed
+    [B]`` says which blocks start from the prior, if it can be drawn from.
     """
     terms_fn, flat, _ = flat_terms(target, theta)
     from_prior, mask = target.sites.can_draw_prior, jnp.asarray(target.sites.prior_mask)

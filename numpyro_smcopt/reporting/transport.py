@@ -68,14 +68,9 @@ def still_directions(columns: Array) -> Moved:
 def laplace_transport(
     terms_fn: Callable[[Array, Array], Array], theta: Array, columns: Array, mixture: ProposalMixture, blocks: Blocks
 ) -> Moved:
-    """Directions in which the latents follow mode and curvature.
+    """Directions ``columns [P, P]`` of theta, along which the latents follow mode and curvature.
 
-    Args:
-        terms_fn: ``(theta [P], x [D]) -> [K]``.
-        theta: [P].
-        columns: [P, P] the directions of theta.
-        mixture: Whose centre is the mode; a block without a proper mode does not move.
-        blocks: The partition.
+    ``terms_fn`` is ``(theta [P], x [D]) -> [K]``. A block of the mixture without a proper mode does not move.
     """
     x, factor = mixture.center, mixture.factor
     gradient = lambda t, x: jax.grad(lambda x: jnp.sum(terms_fn(t, x)))(x)  # noqa: E731
