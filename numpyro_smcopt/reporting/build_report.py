@@ -58,9 +58,9 @@ def _evidence_at(
     algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
 ) -> EvidenceAt:
     start = Start(algorithm._program, static, arrays, algorithm._target(arrays, static), state.theta)
-    cloud, kernel = Draws(state.points.x, state.log_weights), getattr(algorithm, "kernel", None)
+    cloud, own = Draws(state.points.x, state.log_weights), getattr(algorithm, "kernel", None)
     # The kernel of the algorithm, or one that serves any model
-    kernel = kernel if getattr(kernel, "invariant", False) else HMC()
+    kernel = own if own is not None and own.invariant else HMC()
     strategy = getattr(algorithm, "init_strategy", None)
     return EvidenceAt(rng_key, start, cloud, state.blocks, kernel, init_strategy=strategy)
 
