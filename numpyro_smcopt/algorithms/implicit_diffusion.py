@@ -30,14 +30,14 @@ from jax.flatten_util import ravel_pytree
 from numpyro_smcopt import faults
 from numpyro_smcopt.algorithms.base import ParticleAlgorithm
 from numpyro_smcopt.blocks import Blocks
-from numpyro_smcopt.kernels import InvariantKernel, Point, WeightedKernel
+from numpyro_smcopt.kernels import Kernel, Point
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
-from numpyro_smcopt.population.safeguards import next_backoff
+from numpyro_smcopt.population.safeguards import next_backoff, select
 from numpyro_smcopt.population.start import Start, refuse_loss
 from numpyro_smcopt.potential import Target, check_key
-from numpyro_smcopt.random_numbers import split
+from numpyro_smcopt.random_numbers import aside, split
 from numpyro_smcopt.results import Status
-from numpyro_smcopt.samplers import Assessed, Chains, Sampler
+from numpyro_smcopt.samplers import Assessed, Sampler, as_sampler
 from numpyro_smcopt.theta_step import as_theta_step
 from numpyro_smcopt.types import Array, Model, Params, Theta, positive, whole_or_none
 
@@ -137,24 +137,17 @@ class ImplicitDiffusion(ParticleAlgorithm):
         optim: Any = None,
         objective: Objective | None = None,
         *,
-        sampler: Sampler | InvariantKernel | WeightedKernel | None = None,
+        sampler: Sampler | Kernel | None = None,
         num_particles: int | None = None,
         handlers: Sequence[Any] = (),
         **static_kwargs: Any,
     ) -> None:
         super().__init__(model, handlers, static_kwargs)
-        if isinstance(sampler, InvariantKernel | WeightedKernel):
-            sampler = Chains(sampler)
-        if sampler is not None and not isinstance(sampler, Sampler):
-            raise TypeError(
-                "sampler must be an object from numpyro_smcopt.samplers such as Chains(), or a kernel such as MALA(); "
-                f"got {sampler!r}."
-            )
         self.optim = None if optim is None else as_theta_step(optim)
         self.objective = (
             MarginalLikelihood(control_variates=optim is None) if objective is None else as_objective(objective)
         )
-        self.sampler = sampler or Chains()
+        self.sampler = as_sampler(sampler)
         self.num_particles = whole_or_none("num_particles", num_particles)
 
     _state_type = ImplicitDiffusionState
@@ -186,8 +179,8 @@ class ImplicitDiffusion(ParticleAlgorithm):
             theta=theta,
             params=target.constrain_params(theta),
             particles=particles,
-            assessed=_sound(assessed, assessed),
-            usable=_is_usable(assessed),
+            assessed=_finite_or(assessed, assessed),
+            usable=_is_finite(assessed),
             step_backoff=jnp.ones((), flat.dtype),
             theta_state=self._theta_step(target, theta, particles).init(flat),
             blocks=blocks,
@@ -195,7 +188,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             num_refused=zero,
             wrong_blocks=jnp.asarray(False),
             fingerprint=jnp.zeros((), jnp.uint32),
-            diagnostics=diagnostics | _diagnostics(_sound(assessed, assessed), zero),
+            diagnostics=diagnostics | _diagnostics(_finite_or(assessed, assessed), zero),
             mutable_state={},
             rng_key=key_state,
         )
@@ -216,9 +209,8 @@ class ImplicitDiffusion(ParticleAlgorithm):
             admit=lambda step: controls["learning_rate"] * state.step_backoff * step,
         )
         proposed, theta_state = theta_step.update(state.theta_state, flat, around)
-        sound = jnp.all(jnp.isfinite(proposed)) & state.usable
-        keep = lambda a, b: jax.tree.map(lambda a, b: jnp.where(sound, a, b), a, b)  # noqa: E731
-        here, theta_state = keep(proposed, flat), keep(theta_state, state.theta_state)
+        accepted = jnp.all(jnp.isfinite(proposed)) & state.usable
+        here, theta_state = select(accepted, (proposed, theta_state), (flat, state.theta_state))
         theta = unravel(here)
 
         # Samples
@@ -228,14 +220,14 @@ class ImplicitDiffusion(ParticleAlgorithm):
 
         # Loss and gradient
         seen = sampler.assess(key_assess, target, theta, particles, state.blocks, objective)
-        assessed, refused = _sound(seen, state.assessed), (~sound).astype(jnp.int32)
+        assessed, refused = _finite_or(seen, state.assessed), (~accepted).astype(jnp.int32)
         return state._replace(
             theta=theta,
             params=target.constrain_params(unravel(theta_step.estimate(theta_state, here))),
             particles=particles,
             assessed=assessed,
-            usable=_is_usable(seen),
-            step_backoff=next_backoff(state.step_backoff, jnp.asarray(True), sound),
+            usable=_is_finite(seen),
+            step_backoff=next_backoff(state.step_backoff, jnp.asarray(True), accepted),
             theta_state=theta_state,
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,
@@ -253,17 +245,17 @@ class ImplicitDiffusion(ParticleAlgorithm):
         return self.objective.arrays
 
     def _adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
-        key_assess, key_blocks = (random.fold_in(state.rng_key, k) for k in (1, 2))
+        next_key, key_assess, key_blocks = split(state.rng_key, 3)
+        state = state._replace(rng_key=next_key)
         particles, wrong = self.sampler.adopt(key_blocks, target, state.theta, state.particles, state.blocks)
         assessed = self.sampler.assess(key_assess, target, state.theta, particles, state.blocks, self.objective)
         adopted = state._replace(
             particles=particles,
-            assessed=_sound(assessed, state.assessed),
-            usable=_is_usable(assessed),
+            assessed=_finite_or(assessed, state.assessed),
+            usable=_is_finite(assessed),
             fingerprint=fingerprint,
         )
-        kept = jax.tree.map(lambda a, b: jnp.where(wrong, b, a) if a is not b else a, adopted, state)
-        return kept._replace(wrong_blocks=jnp.asarray(wrong))
+        return select(~jnp.asarray(wrong), adopted, state)._replace(wrong_blocks=jnp.asarray(wrong))
 
     def evaluate(self, state: ImplicitDiffusionState, *args: Any, **kwargs: Any) -> Array:
         """The loss in a state under the given data, without changing the state.
@@ -277,6 +269,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
         arrays, static = self._bind(args, kwargs)
 
         def loss(target: Target, state: ImplicitDiffusionState) -> Array:
+            state = state._replace(rng_key=aside(state.rng_key))
             return self._adopt(target, state, state.fingerprint).assessed.loss
 
         return self._program("evaluate", loss)(static, arrays, state)
@@ -335,15 +328,15 @@ class ImplicitDiffusion(ParticleAlgorithm):
         return Status.NON_FINITE if refused > num / 4 or lost > LARGEST_LOSS else Status.FINISHED
 
 
-def _is_usable(assessed: Assessed) -> Array:
+def _is_finite(assessed: Assessed) -> Array:
     """[] bool: whether gradient, loss and curvature are finite."""
     parts = (assessed.gradient, assessed.loss, assessed.curvature)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(part)) for part in parts]))
 
 
-def _sound(assessed: Assessed, before: Assessed) -> Assessed:
+def _finite_or(assessed: Assessed, before: Assessed) -> Assessed:
     """``assessed`` without what is not finite: no gradient, and the loss and curvature of before."""
-    usable = _is_usable(assessed)
+    usable = _is_finite(assessed)
     return assessed._replace(
         gradient=jnp.where(usable, assessed.gradient, 0.0),
         loss=jnp.where(jnp.isfinite(assessed.loss), assessed.loss, before.loss),

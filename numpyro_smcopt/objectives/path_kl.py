@@ -28,6 +28,7 @@ class PathKL(Objective):
     """
 
     reference_params: Params
+    of_paths = True  # what samplers of paths ask for
 
     def __post_init__(self) -> None:
         """Hold the parameters as arrays of JAX."""

@@ -3,7 +3,7 @@
 """Where the samples of `ImplicitDiffusion` come from. To add a sampler, write a file beside these."""
 
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
-from numpyro_smcopt.samplers.chains import Chains
+from numpyro_smcopt.samplers.chains import Chains, as_sampler
 from numpyro_smcopt.samplers.euler_maruyama import EulerMaruyama, Gradient, Paths
 
-__all__ = ["Assessed", "Begun", "Chains", "EulerMaruyama", "Gradient", "Paths", "Sampler"]
+__all__ = ["Assessed", "Begun", "Chains", "EulerMaruyama", "Gradient", "Paths", "Sampler", "as_sampler"]

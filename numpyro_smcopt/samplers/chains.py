@@ -14,18 +14,17 @@ theta and the next move. Kernels that accept or reject know only the second.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
-from numpyro_smcopt.adaptation import adapt_size, adapt_unadjusted_size
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
 from numpyro_smcopt.branching import changed_if
-from numpyro_smcopt.kernels import HMC, MALA, InvariantKernel, Point, Potential, Step, WeightedKernel
+from numpyro_smcopt.kernels import HMC, MALA, Kernel, Point, Potential, Step, is_kernel
 from numpyro_smcopt.objectives import Cloud, Objective, Scene
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, equal_draws, evaluator, gather
@@ -94,7 +93,7 @@ class Chains(Sampler):
         ValueError: If ``moves_per_update`` is not a positive integer.
     """
 
-    kernel: InvariantKernel | WeightedKernel = MALA()
+    kernel: Kernel = MALA()
     moves_per_update: int = 1
     gradient_of_new_theta: bool = False
     schedule: Schedule | None = None
@@ -104,7 +103,7 @@ class Chains(Sampler):
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not isinstance(self.kernel, InvariantKernel | WeightedKernel):
+        if not is_kernel(self.kernel):
             raise TypeError(f"kernel must be an object from numpyro_smcopt.kernels such as ULA(), got {self.kernel!r}.")
         moves = self.moves_per_update
         if isinstance(moves, bool) or not isinstance(moves, int) or moves < 1:
@@ -142,7 +141,7 @@ class Chains(Sampler):
             target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
         ) -> tuple[ChainState, Array, Array]:
             target, blocks = added_up(target, blocks)
-            kernel = self.kernel if isinstance(self.kernel, InvariantKernel) else HMC()
+            kernel = self.kernel if self.kernel.invariant else HMC()
             cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
             points = cloud.points
             _, flat, _ = flat_terms(target, theta)
@@ -198,7 +197,7 @@ class Chains(Sampler):
         del objective
         target, blocks = added_up(target, blocks)
         points, num = particles.points, particles.points.x.shape[0]
-        adjusted = isinstance(self.kernel, InvariantKernel)
+        adjusted = self.kernel.invariant
         evaluate = evaluator(target, theta, points.score is not None)
         factor = 1.0 if self.schedule is None else self.schedule(num_updates)
         step = particles.step._replace(size=controls["step_size"] * factor)
@@ -227,11 +226,10 @@ class Chains(Sampler):
             return new, conditional_ess(particles.log_weights, change) / met
 
         moved, quality = lax.fori_loop(0, self.moves_per_update, body, (here, jnp.zeros_like(step.size)))
-        moved, num_lost = _without_lost(moved, points, blocks)
+        moved, num_lost = _replace_lost(moved, points, blocks)
 
         # Adapt
-        adapt = adapt_size if adjusted else adapt_unadjusted_size
-        size = adapt(controls["step_size"], quality, self.kernel.target, num_updates)
+        size = self.kernel.adapt(controls["step_size"], quality, num_updates)
         preconditioner = self.kernel.preconditioning.adapt(step.preconditioner, moved.x, particles.log_weights, blocks)
         gained = jnp.sum(weighed.log_mean) + free
         particles = particles._replace(
@@ -292,7 +290,25 @@ class Chains(Sampler):
         return particles.log_weights.shape[0]
 
 
-def _without_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, Array]:
+def as_sampler(sampler: Any) -> Sampler:
+    """A sampler as it is, `Chains` of a kernel, or by default ``Chains()``.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if sampler is None:
+        return Chains()
+    if is_kernel(sampler):
+        return Chains(sampler)
+    if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in Sampler.__abstractmethods__):
+        raise TypeError(
+            "sampler must be an object from numpyro_smcopt.samplers such as Chains(), or a kernel such as MALA(); "
+            f"got {sampler!r}."
+        )
+    return sampler
+
+
+def _replace_lost(moved: Point, before: Point, blocks: Blocks) -> tuple[Point, Array]:
     """Blocks that left for infinity (an unstable step size) start again where others are; how many they were."""
     sound = jnp.isfinite(blocks.sum_terms(moved.terms) + blocks.sum_free_terms(moved.terms)[:, None])
     sound &= jnp.isfinite(blocks.sum_coordinates(moved.x)) & jnp.isfinite(blocks.sum_coordinates(moved.grad))

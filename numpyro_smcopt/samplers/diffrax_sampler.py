@@ -22,7 +22,6 @@ from jax import random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.blocks import Blocks, one_block
-from numpyro_smcopt.objectives import Objective, Reward
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
@@ -98,11 +97,11 @@ class DiffraxSampler(Sampler):
             raise ValueError(f"noise_scale must be positive or a function of time, got {self.noise_scale!r}.")
         check_initial(self.initial)
 
-    def check(self, target: Target, theta: Theta, objective: Objective) -> None:
+    def check(self, target: Target, theta: Theta, objective: Any) -> None:
         """See `Sampler.check`."""
         check_drift(target, theta, objective, self.initial, "DiffraxSampler")
 
-    def begin(self, rng_key: Array, start: Start, objective: Objective, num_particles: int | None, warm: bool) -> Begun:
+    def begin(self, rng_key: Array, start: Start, objective: Any, num_particles: int | None, warm: bool) -> Begun:
         """See `Sampler.begin`."""
         del objective, warm
         num = num_particles or DEFAULT_PARTICLES
@@ -117,7 +116,7 @@ class DiffraxSampler(Sampler):
         particles: Seeds,
         blocks: Blocks,
         num_updates: Array,
-        objective: Objective,
+        objective: Any,
         controls: dict[str, Array],
     ) -> tuple[Seeds, dict[str, Array]]:
         """See `Sampler.advance`."""
@@ -125,11 +124,10 @@ class DiffraxSampler(Sampler):
         return Seeds(random.split(rng_key, particles.keys.shape[0])), {}
 
     def assess(
-        self, rng_key: Array, target: Target, theta: Theta, particles: Seeds, blocks: Blocks, objective: Objective
+        self, rng_key: Array, target: Target, theta: Theta, particles: Seeds, blocks: Blocks, objective: Any
     ) -> Assessed:
         """See `Sampler.assess`."""
         del rng_key, blocks
-        assert isinstance(objective, Reward)  # see `check`
         drift, reference = drift_of(target), reference_of(target, objective)
 
         def loss(theta: Theta) -> tuple[Array, tuple[dict[str, Array], Array]]:
@@ -150,7 +148,7 @@ class DiffraxSampler(Sampler):
         solve = lambda key: self._solve(drift, None, theta, key)[0]  # noqa: E731
         return {"y": jax.vmap(solve)(random.split(rng_key, num))}
 
-    def theta_step(self, target: Target, theta: Theta, particles: Seeds, objective: Objective) -> ThetaStep:
+    def theta_step(self, target: Target, theta: Theta, particles: Seeds, objective: Any) -> ThetaStep:
         """See `Sampler.theta_step`."""
         del target, theta, particles, objective
         return as_theta_step(optax.adam(1e-3))

@@ -23,7 +23,7 @@ from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt.blocks import Blocks, one_block
-from numpyro_smcopt.objectives import Objective, Reward
+from numpyro_smcopt.objectives import Reward
 from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
@@ -155,22 +155,21 @@ class EulerMaruyama(Sampler):
             raise ValueError("num_batches > 1, a queue of batches on their way, needs paths=Paths.STORED.")
 
     # -- start --------------------------------------------------------------------------------------------------------
-    def check(self, target: Target, theta: Theta, objective: Objective) -> None:
+    def check(self, target: Target, theta: Theta, objective: Any) -> None:
         """See `Sampler.check`."""
         check_drift(target, theta, objective, self.initial, "EulerMaruyama")
-        assert isinstance(objective, Reward)  # so it says
         density = objective.kl is not None or self.gradient is Gradient.SCORE_FUNCTION
         if density and np.any(np.asarray(self._noise_scales()) <= 0):
             raise ValueError("noise_scale must be positive for PathKL and for the score function: a density is needed.")
 
-    def begin(self, rng_key: Array, start: Start, objective: Objective, num_particles: int | None, warm: bool) -> Begun:
+    def begin(self, rng_key: Array, start: Start, objective: Any, num_particles: int | None, warm: bool) -> Begun:
         """See `Sampler.begin`."""
         del warm
         num = num_particles or DEFAULT_PARTICLES
         queue = start.call(("queue", num), self._fill(objective, num), rng_key, start.theta)
         return Begun(start.theta, queue, one_block(None, np.zeros((2, 0)), 0, None))  # type: ignore[arg-type]
 
-    def _fill(self, objective: Objective, num: int) -> Callable:
+    def _fill(self, objective: Any, num: int) -> Callable:
         def fill(target: Target, rng_key: Array, theta: Theta) -> Queue:
             if self.paths is not Paths.STORED:
                 ready = self._fresh(rng_key, num)
@@ -205,7 +204,7 @@ class EulerMaruyama(Sampler):
         particles: Queue,
         blocks: Blocks,
         num_updates: Array,
-        objective: Objective,
+        objective: Any,
         controls: dict[str, Array],
     ) -> tuple[Queue, dict[str, Array]]:
         """See `Sampler.advance`."""
@@ -230,11 +229,10 @@ class EulerMaruyama(Sampler):
         return lax.fori_loop(0, share, lambda k, batches: jax.vmap(one)(batches, share * places + k), batches)
 
     def assess(
-        self, rng_key: Array, target: Target, theta: Theta, particles: Queue, blocks: Blocks, objective: Objective
+        self, rng_key: Array, target: Target, theta: Theta, particles: Queue, blocks: Blocks, objective: Any
     ) -> Assessed:
         """See `Sampler.assess`."""
         del rng_key, blocks
-        assert isinstance(objective, Reward)  # see `check`
         dynamics, batch = self._dynamics(target, objective), particles.ready
         ends_of = lambda y, cost: self._ends(objective, y, cost)  # noqa: E731
         if self.paths is Paths.CHECKPOINTED:
@@ -275,7 +273,7 @@ class EulerMaruyama(Sampler):
         step = lambda y, here: (dynamics.advance(theta, here, y, batch.key)[0], None)  # noqa: E731
         return {"y": lax.scan(step, batch.y, dynamics.grid)[0]}
 
-    def theta_step(self, target: Target, theta: Theta, particles: Queue, objective: Objective) -> ThetaStep:
+    def theta_step(self, target: Target, theta: Theta, particles: Queue, objective: Any) -> ThetaStep:
         """See `Sampler.theta_step`."""
         del target, theta, particles, objective
         return as_theta_step(optax.adam(1e-3))
@@ -304,7 +302,7 @@ class EulerMaruyama(Sampler):
         """See `Sampler.size`."""
         return particles.ready.y.shape[0]
 
-    def _dynamics(self, target: Target, objective: Objective) -> Dynamics:
+    def _dynamics(self, target: Target, objective: Any) -> Dynamics:
         grid = self._grid(jnp.result_type(float))
         return Dynamics(drift_of(target), reference_of(target, objective), grid)
 
