@@ -17,6 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from clouds import compile_fast
 from jax import random
 from numpyro.distributions import constraints
 
@@ -25,7 +26,6 @@ from numpyro_smcopt.kernels import HMC, MALA, ULA, RandomWalk
 from numpyro_smcopt.objectives import EnergyBasedLikelihood, ForwardKL, Reward
 from numpyro_smcopt.potential import fingerprint
 from numpyro_smcopt.samplers import Chains, EulerMaruyama, Paths
-from tests.clouds import compile_fast
 
 DRAWS = ("bits", "uniform", "normal", "randint", "categorical", "permutation", "choice", "bernoulli")
 Y = jnp.array([1.0, 2.0, 4.5])
