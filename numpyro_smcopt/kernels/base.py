@@ -96,7 +96,19 @@ class Kernel(abc.ABC):
     def move(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
     ) -> tuple[Point, Array]:
-        """Move one particle; the new point, and what the kind of kernel says of each block, [B]."""
+        """Move one particle.
+
+        Args:
+            random_numbers: The randomness of the move.
+            point: The particle, evaluated under ``potential``; for a weighted kernel under the *old* one, which drives
+                the move.
+            potential: The target; of a weighted kernel the *new* one, to which its backward kernel belongs.
+            step: Step sizes and preconditioner, the same for both directions.
+
+        Returns:
+            The new point under ``potential`` and, for each block [B], the acceptance probability (invariant kernels) or
+            ``log L(x | x') - log K(x' | x)`` (weighted ones).
+        """
 
     @abc.abstractmethod
     def weigh(
@@ -124,22 +136,6 @@ class InvariantKernel(Kernel):
 
     invariant = True
 
-    @abc.abstractmethod
-    def move(
-        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
-    ) -> tuple[Point, Array]:
-        """Move one particle.
-
-        Args:
-            random_numbers: The randomness of the move.
-            point: The particle, evaluated under ``potential``.
-            potential: The target.
-            step: Step sizes and preconditioner.
-
-        Returns:
-            The new point and the acceptance probability of each block, [B].
-        """
-
     def weigh(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
     ) -> tuple[Point, Array]:
@@ -159,22 +155,6 @@ class WeightedKernel(Kernel):
     """
 
     invariant = False
-
-    @abc.abstractmethod
-    def move(
-        self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
-    ) -> tuple[Point, Array]:
-        """Move one particle from the old target to the new one.
-
-        Args:
-            random_numbers: The randomness of the move.
-            point: The particle, evaluated under the *old* potential, which drives the move.
-            potential: The *new* target; the backward kernel belongs to it.
-            step: Step sizes and preconditioner, the same for both directions.
-
-        Returns:
-            The new point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
-        """
 
     def weigh(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
