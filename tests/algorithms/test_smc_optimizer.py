@@ -179,11 +179,11 @@ def test_with_an_explicit_optimiser_it_is_the_papers_algorithm(kernel, optim):
         start = float(state.log_evidence_start)
 
         for _ in range(steps):
-            # The update splits its key into: what follows, the move, one per block.
-            keys = random.split(state.rng_key, 3)
+            # The update splits its key into: what follows, the move, the objective, one per block.
+            keys = random.split(state.rng_key, 4)
             noise = draw_random_numbers(keys[1], state.points.x, int(kernel == "mala"))
             uniform = np.asarray(noise.uniform[:, 0]) if kernel == "mala" else None
-            plain.step(np.asarray(noise.normal), uniform, float(random.uniform(keys[2], (), jnp.float64)))
+            plain.step(np.asarray(noise.normal), uniform, float(random.uniform(keys[3], (), jnp.float64)))
             state, loss = optimizer.update(state, y)
 
             close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)  # noqa: E731
