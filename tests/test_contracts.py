@@ -99,6 +99,9 @@ ALGORITHMS = {
 PRECONDITIONINGS = {"none": preconditioners.none, "diagonal": preconditioners.diagonal, "dense": preconditioners.dense}
 
 each_kernel = pytest.mark.parametrize("name", KERNELS)
+each_algorithm = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "smc" else pytest.mark.slow) for name in ALGORITHMS]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,7 +471,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@each_algorithm
 def test_algorithm_runs_stops_and_goes_on(name, compilations):
     """A run in pieces is a run, in a fresh object too; the bar changes nothing; a second run compiles nothing."""
     y = np.array([1.0, -0.5, 2.0], np.float32)
@@ -497,7 +500,7 @@ def test_algorithm_runs_stops_and_goes_on(name, compilations):
         optimizer.run(random.key(0), 0, y)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@each_algorithm
 def test_algorithm_updates_purely_and_announces_its_sites(name):
     y = np.array([1.0, -0.5, 2.0])
     with jax.enable_x64(True):
@@ -526,18 +529,15 @@ def test_the_dictionaries_are_complete():
     import numpyro_smcopt
     from numpyro_smcopt import kernels, objectives, resampling
 
-    abstract = (InvariantKernel, WeightedKernel)
-    found = [v for v in vars(kernels).values() if isinstance(v, type) and issubclass(v, abstract) and v not in abstract]
-    assert {type(k) for k in KERNELS.values()} == set(found)
-    found = [v for v in vars(objectives).values() if isinstance(v, type) and issubclass(v, objectives.Objective)]
-    assert {type(k) for k in OBJECTIVES.values()} == set(found) - {
-        objectives.Objective,
-        objectives.PathKL,
-    }  # paths: test_euler_maruyama
+    def made_from(room, *bases):  # a protocol answers no issubclass
+        return {v for v in vars(room).values() if isinstance(v, type) and v not in bases and {*bases} & {*v.__mro__}}
+
+    assert {type(k) for k in KERNELS.values()} == made_from(kernels, InvariantKernel, WeightedKernel)
+    of_samples = made_from(objectives, objectives.Objective) - {objectives.PathKL}  # paths: test_euler_maruyama
+    assert {type(k) for k in OBJECTIVES.values()} == of_samples
     assert set(OBJECTIVES) == set(EXACT_LOSSES)
     found = [v for v in vars(preconditioners).values() if isinstance(v, Preconditioning)]
     assert set(PRECONDITIONINGS.values()) == set(found)
-    found = [v for v in vars(numpyro_smcopt).values() if isinstance(v, type) and issubclass(v, ParticleAlgorithm)]
-    assert {type(make(pairs)) for make in ALGORITHMS.values()} == set(found)
+    assert {type(make(pairs)) for make in ALGORITHMS.values()} == made_from(numpyro_smcopt, ParticleAlgorithm)
     found = {name for name, v in vars(resampling).items() if inspect.isfunction(v) and not name.startswith("_")}
     assert set(SCHEMES) == found

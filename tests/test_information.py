@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from clouds import partition, z_score
-from compiling import compile_tuned
+from compiling import compile_fast, compile_tuned
 from jax import random
 
 from numpyro_smcopt import information
 from numpyro_smcopt.information import louis_information
+
+pytestmark = pytest.mark.slow
 
 STANDARD_ERRORS = 4.0
 NUM = 50
@@ -86,10 +88,10 @@ def test_information_is_the_exact_hessian_of_the_marginal_likelihood(joint, weig
     num_particles, replicates = (400, 50) if weighted else (100, 100)
     gradient, complete, missing, share = informations(*draw(0, replicates, num_particles, weighted), joint)
     theta = jnp.asarray(THETA, jnp.float32)
-    truth = np.asarray(jax.hessian(exact_loss)(theta))
+    truth = np.asarray(compile_fast(jax.hessian(exact_loss))(theta))
     scores = z_score((complete - missing).reshape(replicates, 4), truth.ravel())
     assert np.all(abs(scores) < STANDARD_ERRORS), scores
-    assert np.all(abs(z_score(gradient, np.asarray(jax.grad(exact_loss)(theta)))) < STANDARD_ERRORS)
+    assert np.all(abs(z_score(gradient, np.asarray(compile_fast(jax.grad(exact_loss))(theta)))) < STANDARD_ERRORS)
     np.testing.assert_allclose(missing, missing.transpose(0, 2, 1), rtol=1e-5)
     if joint:
         np.testing.assert_allclose(share, 1.0)

@@ -14,6 +14,8 @@ from numpyro_smcopt import EarlyStop, ImplicitDiffusion, MomentumParticleMLE, SM
 from numpyro_smcopt.objectives import Estimate, as_objective
 from numpyro_smcopt.theta_step import NaturalStep, as_theta_step
 
+pytestmark = pytest.mark.slow
+
 Y = np.random.default_rng(0).normal(3.0, np.sqrt(2.0), 40).astype(np.float32)  # the maximum is at their mean
 
 

@@ -24,6 +24,8 @@ from numpyro.infer.reparam import LocScaleReparam
 from numpyro_smcopt import SMCOptimizer, latents_to_params, one_block
 from numpyro_smcopt.kernels import RandomWalk
 
+pytestmark = pytest.mark.slow
+
 GROUP = np.repeat(np.arange(3), 2)
 Y = np.array([1.2, 0.4, -0.3, 0.6, 2.9, 3.4], np.float32)
 NUM = 64

@@ -27,6 +27,8 @@ from numpyro_smcopt.kernels import MALA, RandomWalk
 from numpyro_smcopt.runs import running
 from numpyro_smcopt.runs.checkpoint import load, restore, save
 
+pytestmark = pytest.mark.slow
+
 # -- files -------------------------------------------------------------------------------------------------------------
 TREE = {
     "state": {
