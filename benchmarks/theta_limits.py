@@ -64,11 +64,10 @@ def measure(problem, num_particles, num_steps, seed):
     data = problem.load()
     optimizer = SMCOptimizer(problem.model, num_particles=num_particles)
     state, found = optimizer.init(random.key(seed), **data), []
-    arrays, static = optimizer._bind((), data)
-    ask = optimizer._program("theta limits", realised)
+    bound = optimizer._bind((), data)
     for _ in range(num_steps):
         state, _ = optimizer.update(state, **data)
-        found.append(np.asarray(ask(static, arrays, state, state.theta_state.last)))
+        found.append(np.asarray(bound.call("theta limits", realised, state, state.theta_state.last)))
     return np.array(found)
 
 

@@ -22,11 +22,9 @@ Map of the package, from the top down:
     objectives/      what is minimised: marginal likelihood, reward, divergences, energy-based likelihood
     uncertainty      information from particles
     control_variates weights that take the noise out of the gradient
-    loop             many updates, progress
-    convergence      whether a run has arrived
-    checkpoint       runs in files
+    runs/            many updates: what an algorithm is, starts, the loop, checkpoints, convergence
+    population/      a cloud at one theta: first particles, tempering, gradients, budgets
     adaptation       rules: (state, observed) -> state
-    tempering        from the prior to the posterior
     target/          NumPyro model -> energy terms; the only folder that traces models
     results          what a user keeps
     kernels/         Markov moves of one particle

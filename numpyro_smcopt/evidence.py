@@ -8,7 +8,6 @@ prior reaches included. There a mixture is put, and weighed draws from it give a
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +20,10 @@ from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition
 from numpyro_smcopt.kernels import HMC, InvariantKernel
 from numpyro_smcopt.population import budget
-from numpyro_smcopt.population.start import Start, draw_particles, first_cloud, refuse_hopeless, start_blocks
+from numpyro_smcopt.population.bound_target import BoundTarget
+from numpyro_smcopt.population.first_cloud import draw_particles, first_cloud
+from numpyro_smcopt.population.independent_blocks import check_energies, independent_blocks
 from numpyro_smcopt.potential import (
-    StaticArguments,
     Target,
     check_init_params,
     check_key,
@@ -39,7 +39,7 @@ from numpyro_smcopt.reporting.evidence_at import LogEvidence as LogEvidence
 from numpyro_smcopt.reporting.proposal_mixture import SIZE
 from numpyro_smcopt.reporting.replicates import Draws
 from numpyro_smcopt.reporting.report_texts import about_draws
-from numpyro_smcopt.runs.compilation import Program
+from numpyro_smcopt.runs.compilation import Programs
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 REMEMBERED_MODELS = 32  # whose compiled programs are kept
@@ -97,7 +97,7 @@ def log_evidence(
     key_params, key_blocks, key_cloud, key_draw = random.split(key, 4)
     start, params = _start(key_params, model, args, kwargs, {} if params is None else params)
     kernel = kernel or HMC()
-    blocks = start_blocks(key_blocks, start, partition)
+    blocks = independent_blocks(key_blocks, start, start.theta, partition)
     cloud = _first_cloud(key_cloud, start, blocks, kernel)
     num_replicates = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
     found = EvidenceAt(key_draw, start, cloud, blocks, kernel, num_replicates=num_replicates)(params).evidence
@@ -105,24 +105,24 @@ def log_evidence(
     return found
 
 
-def _start(rng_key: Array, model: Model, args: tuple, kwargs: dict, params: Params) -> tuple[Start, Params]:
+def _start(rng_key: Array, model: Model, args: tuple, kwargs: dict, params: Params) -> tuple[BoundTarget, Params]:
     """The model bound to its arguments, and the values of all param sites as arrays."""
     arrays, static = split_arguments(args, kwargs)
-    target = make_target(model, *join_arguments(arrays, static))
+    bound = BoundTarget(_programs_of(model), arrays, static)
+    target = bound.target
     check_init_params(target.sites.params, params)
     if missing := [name for name in target.sites.params if name not in params]:
         raise ValueError(
             f"log_evidence needs values of all param sites, but params lacks {missing}. Pass params=result.params of a "
             "fit, or values of your own."
         )
-    program = _programs_of(model)
     params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf, jnp.result_type(float))), params)
-    params, theta = program("read", Target.initial_params)(static, arrays, rng_key, params)
+    params, theta = bound.call("read", Target.initial_params, rng_key, params)
     check_start(params, theta)
-    return Start(program, static, arrays, target, theta), params
+    return bound.at(theta), params
 
 
-def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: InvariantKernel) -> Draws:
+def _first_cloud(rng_key: Array, start: BoundTarget, blocks: Blocks, kernel: InvariantKernel) -> Draws:
     """Particles of the posterior, found from the prior."""
     num = 2 * budget.default_num_particles(start.target.work(start.theta))
 
@@ -139,22 +139,11 @@ def _first_cloud(rng_key: Array, start: Start, blocks: Blocks, kernel: Invariant
     if start.target.sites.num_latents == 0:
         return Draws(jnp.zeros((1, 0)), jnp.zeros((1, 1)))
     x, terms, _ = start.call(("first", num, kernel), program, rng_key, start.theta, blocks)
-    refuse_hopeless(start, np.isfinite(np.asarray(terms)))
+    check_energies(start.target, terms)
     return Draws(x, jnp.full((num, blocks.num_blocks), -np.log(num), x.dtype))
 
 
 @functools.lru_cache(maxsize=REMEMBERED_MODELS)
-def _programs_of(model: Model) -> Callable[[Any, Callable], Program]:
-    """Compiles ``function(target, *arguments)`` under a name, as ``(static, arrays, *arguments)``; see `Start`."""
-    programs: dict[Any, Program] = {}
-
-    def program(name: Any, function: Callable) -> Program:
-        if name not in programs:
-
-            def bound(static: StaticArguments, arrays: list[Array], *arguments: Any) -> Any:
-                return function(make_target(model, *join_arguments(arrays, static)), *arguments)
-
-            programs[name] = Program(bound)
-        return programs[name]
-
-    return program
+def _programs_of(model: Model) -> Programs:
+    """Compiled programs of a model."""
+    return Programs(lambda arrays, static: make_target(model, *join_arguments(arrays, static)))

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_smcopt.types import Array
-
 FROZEN_ACCEPTANCE = 0.05
 WORRYING_BIAS = 0.2
 FIRST_LOOK, LAST_LOOK = 5, 50  # updates between which stability is judged
@@ -89,7 +87,7 @@ def frozen_particles(acceptance: float) -> str | None:
     )
 
 
-def theta_still_moving(theta_state: Any, grad_norm: Array) -> str | None:
+def theta_still_moving(theta_state: Any, grad_norm: np.ndarray) -> str | None:
     """A state of a theta step that can tell says that theta still moves."""
     still_moving = getattr(theta_state, "still_moving", None)
     if still_moving is None or not still_moving(grad_norm):
@@ -128,7 +126,7 @@ def replaced_particles(num_nonfinite: int) -> str | None:
     return f"The potential was not finite for {num_nonfinite} particles; they took the place of others."
 
 
-def beyond_stability(stability: Array) -> float | None:
+def beyond_stability(stability: np.ndarray) -> float | None:
     """How many times too long the steps of the first updates were, if they were.
 
     Where a motion explodes its velocity turns to the direction that does, so the curvature along it gives the limit.

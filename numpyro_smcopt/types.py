@@ -18,7 +18,7 @@ model, ``x`` one particle as a flat vector ``[D]``, and the energy is ``U_theta(
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -40,6 +40,54 @@ FlatTermsFn: TypeAlias = Callable[[Array, Array], Array]
 
 Model: TypeAlias = Callable[..., Any]
 """A callable that contains NumPyro primitives."""
+
+
+class State(Protocol):
+    """What the states of all algorithms have: a NamedTuple of arrays with these fields, and others.
+
+    A state of particles with an energy also has ``points`` ([N, ...], with ``x [N, D]``) and ``log_weights`` ([N, B]);
+    samples, reports and the evidence are made of them.
+    """
+
+    @property
+    def theta(self) -> Theta:
+        """The iterate, unconstrained."""
+
+    @property
+    def params(self) -> Params:
+        """The estimate, constrained."""
+
+    @property
+    def blocks(self) -> Any:
+        """The partition of the latents, a `blocks.Blocks`."""
+
+    @property
+    def num_updates(self) -> Array:
+        """[] updates so far."""
+
+    @property
+    def wrong_blocks(self) -> Array:
+        """[] bool, whether the data contradict the partition."""
+
+    @property
+    def fingerprint(self) -> Array:
+        """[] uint32, the mark of the data."""
+
+    @property
+    def diagnostics(self) -> dict[str, Array]:
+        """Of the last update, of the same names from the start on; ``"loss"`` is one of them."""
+
+    @property
+    def mutable_state(self) -> dict:
+        """State of handlers."""
+
+    @property
+    def rng_key(self) -> Array:
+        """Randomness of what follows."""
+
+    @property
+    def _replace(self) -> Callable[..., Any]:
+        """Of a NamedTuple."""
 
 
 def positive(name: str, number: Any) -> int:

@@ -121,7 +121,7 @@ def test_a_run_is_the_same_with_the_terms_kept_apart(partition, monkeypatch):
         random.key(0), 5, y, progress_bar=False
     )
     added = run()
-    monkeypatch.setattr("numpyro_smcopt.population.start.add_up", lambda blocks, shapes: blocks)
+    monkeypatch.setattr("numpyro_smcopt.population.independent_blocks.add_up", lambda blocks, shapes: blocks)
     apart = run()
     assert (added.state.points.terms.shape[1], apart.state.points.terms.shape[1]) == (
         (12, 246) if partition is find_blocks else (2, 246)

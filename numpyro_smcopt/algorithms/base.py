@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the algorithms share: SVI's methods around a pure step, samples and a report.
 
-Every method checks what it is given, binds the model to its arguments, and calls what does the work: `running` and
-`many_runs` for runs, `resuming` for checkpoints, `build_report` for reports. What an algorithm has to say for that is
-the abstract part of `contract.Algorithm`.
+Every method checks what it is given, binds the model to its arguments, and calls what does the work: `runs.run` for
+runs, `runs.resume` for checkpoints, `build_report` for reports. What an algorithm has to say for that are the
+hooks of `runs.algorithm.Algorithm`.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,35 +16,34 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_smcopt import effects
-from numpyro_smcopt.branching import changed_if
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.evaluate import equal_draws, one_draw
 from numpyro_smcopt.potential import (
-    StaticArguments,
     SVIView,
     Target,
     axis_names,
     check_key,
-    fingerprint,
     make_svi_view,
     observed_data,
     pointwise_log_likelihood,
-    strong,
 )
 from numpyro_smcopt.reporting import build_report
 from numpyro_smcopt.reporting.report import Report
 from numpyro_smcopt.results import RunResult
-from numpyro_smcopt.runs import resume, running
-from numpyro_smcopt.runs.algorithm import Algorithm, refuse_foreign
+from numpyro_smcopt.runs.algorithm import Algorithm, S
+from numpyro_smcopt.runs.checkpoint import RunSettings, check_path, identity_of, write
 from numpyro_smcopt.runs.convergence import EarlyStop, stopping_rule
-from numpyro_smcopt.runs.journal import check_path
-from numpyro_smcopt.runs.running import Plan
+from numpyro_smcopt.runs.first_state import start
+from numpyro_smcopt.runs.resume import resume
+from numpyro_smcopt.runs.run import Driver
+from numpyro_smcopt.runs.update import check_blocks, update
 from numpyro_smcopt.types import Array, Params, positive
 from numpyro_smcopt.types import check_functions as check_functions
 from numpyro_smcopt.types import check_number as check_number
 from numpyro_smcopt.types import whole_or_none as whole_or_none
 
 
-class ParticleAlgorithm(Algorithm):
+class ParticleAlgorithm(Algorithm[S]):
     """The common face of the algorithms; see the subclasses for what each minimises and how.
 
     Args:
@@ -67,8 +67,7 @@ class ParticleAlgorithm(Algorithm):
             ValueError: If the model or a starting value cannot be used; the message names the site.
         """
         check_key(rng_key)
-        arrays, static = self._bind(args, kwargs)
-        return running.first_state(self, arrays, static, rng_key, init_params)
+        return start(self, self._bind(args, kwargs), rng_key, init_params)
 
     @effects.unkeyed
     def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
@@ -87,40 +86,26 @@ class ParticleAlgorithm(Algorithm):
                 `jax.jit` of the user, where nothing can be raised, the loss is NaN and `get_params` raises.
         """
         self._check_state(state)
-        arrays, static = self._bind(args, kwargs)
-
-        def compiled(state: Any, controls: dict[str, Any]) -> Any:
-            functions = {name: value for name, value in controls.items() if callable(value)}
-            numbers = {name: value for name, value in controls.items() if name not in functions}
-
-            def step(target: Target, state: Any, arrays: list[Array], numbers: dict[str, Array]) -> Any:
-                return self._step_on_data(target, state, fingerprint(arrays), {**numbers, **functions})
-
-            return self._program(("update", *functions.items()), step)(static, arrays, state, arrays, numbers)
-
-        state = self._announced(compiled, state)
-        self._refuse_wrong_blocks(state)
+        state = update(self, self._bind(args, kwargs), state)
         return state, jnp.where(state.wrong_blocks, jnp.nan, state.diagnostics["loss"])
-
-    def _step_on_data(self, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]) -> Any:
-        """`_step` after the state has adopted the data, if they are new to it."""
-        refuse_foreign(target, state)
-        state = state._replace(wrong_blocks=jnp.zeros_like(state.wrong_blocks))
-        adopt = lambda state: jax.tree.map(strong, self._adopt(target, state, fingerprint))  # noqa: E731
-        state = changed_if(fingerprint != state.fingerprint, adopt, state)
-        # Under data that contradict the blocks nothing moves, so that right data may follow.
-        return changed_if(
-            state.wrong_blocks, lambda _: state, jax.tree.map(strong, self._step(target, state, controls))
-        )
 
     def stable_update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Array]:
         """`update`, which already survives non-finite potentials and gradients; the name is SVI's."""
         return self.update(state, *args, **kwargs)
 
-    def get_params(self, state: Any) -> Params:
+    def evaluate(self, state: S, *args: Any, **kwargs: Any) -> Array:
+        """The loss in a state under the given data, without changing the state.
+
+        For the marginal likelihood this is minus the running log evidence, or, of particles without weights, their mean
+        energy or what their sampler knows of the evidence. Arguments are those of `update`.
+        """
+        self._check_state(state)
+        return self._bind(args, kwargs).call("evaluate", self.loss, state)
+
+    def get_params(self, state: S) -> Params:
         """The estimate in a state, on the constrained scale of the model."""
         self._check_state(state)
-        self._refuse_wrong_blocks(state)
+        check_blocks(state)
         return state.params
 
     @effects.unkeyed
@@ -176,17 +161,13 @@ class ParticleAlgorithm(Algorithm):
             check_path(checkpoint)
         if init_state is None or num_runs > 1 and rng_key is not None:
             check_key(rng_key)
-        arrays, static = self._bind(args, kwargs)
-        plan = Plan(num_runs, num_steps, static, arrays, progress_bar, stop)
-        if num_runs > 1:
-            plan = plan._replace(ranking=random.key(0) if rng_key is None else rng_key)
-        runs = resume.one_or_many(num_runs)
-        if init_state is None:
-            state = runs.begin(self, plan, rng_key, init_params)
-        else:
-            state = runs.adopted(self, plan, init_state)
-        journal = None if checkpoint is None else resume.new_journal(self, plan, checkpoint, checkpoint_every)
-        return runs.live(self, plan, state, journal)
+        bound = self._bind(args, kwargs)
+        ranking_key = None if num_runs == 1 else random.key(0) if rng_key is None else rng_key
+        settings = RunSettings(num_steps, num_runs, stop, ranking_key, checkpoint_every)
+        driver = Driver(self, bound, settings)
+        state = driver.start(rng_key, init_params) if init_state is None else driver.adopt(init_state)
+        write_to = None if checkpoint is None else partial(write, checkpoint, identity_of(self, bound), settings)
+        return driver.run(state, progress_bar, write_to)
 
     @effects.unkeyed
     def resume(
@@ -215,8 +196,7 @@ class ParticleAlgorithm(Algorithm):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged, or was written with another model, other data or other settings.
         """
-        arrays, static = self._bind(args, kwargs)
-        return resume.resume(self, checkpoint, arrays, static, num_steps, progress_bar)
+        return resume(self, checkpoint, self._bind(args, kwargs), num_steps, progress_bar)
 
     # -- particles ----------------------------------------------------------------------------------------------------
     def get_samples(
@@ -232,7 +212,8 @@ class ParticleAlgorithm(Algorithm):
             **kwargs: Keyword arguments of the model.
 
         Returns:
-            ``{site: [num_samples, ...]}`` on the scale of the model, deterministic sites included.
+            ``{site: [num_samples, ...]}`` on the scale of the model, deterministic sites included; of a sampler of
+            `ImplicitDiffusion` that has no latents, fresh samples ``{"y": ...}``.
 
         Raises:
             ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
@@ -240,37 +221,34 @@ class ParticleAlgorithm(Algorithm):
         self._check_state(state)
         if rng_key is not None:
             check_key(rng_key)
-        arrays, static = self._bind_again(args, kwargs)
-        num = positive("num_samples", state.log_weights.shape[0] if num_samples is None else num_samples)
-
-        def draw(target: Target, state: Any, key: Array) -> dict[str, Array]:
-            x = equal_draws(key, state.points.x, state.log_weights, state.blocks, num)
-            return jax.vmap(lambda one: target.constrain_latents(state.theta, one))(x)
-
+        num = whole_or_none("num_samples", num_samples)
+        draw = lambda target, state, key: self.draw(target, key, state, num)  # noqa: E731
         key = random.key(0) if rng_key is None else rng_key
-        return self._program(("samples", num), draw)(static, arrays, state, key)
+        return self._bind_again(args, kwargs).call(("samples", num), draw, state, key)
+
+    def draw(self, target: Target, rng_key: Array, state: Any, num: int | None) -> dict[str, Array]:
+        """What `get_samples` returns; pure. None stands for as many draws as there are particles."""
+        num = state.log_weights.shape[0] if num is None else num
+        x = equal_draws(rng_key, state.points.x, state.log_weights, state.blocks, num)
+        return jax.vmap(lambda one: target.constrain_latents(state.theta, one))(x)
 
     def get_weighted_samples(self, state: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Array], Array]:
         """The weighted particles, constrained, and their normalised log weights ``[N]``.
 
         Where the latents fall into several independent blocks, every block has weights of its own and no weight
-        belongs to a whole particle: then each block is resampled first, and the log weights are equal.
-
-        Args:
-            state: A state.
-            *args: Arguments of the model; may be left out if this object has seen them before.
-            **kwargs: Keyword arguments of the model.
+        belongs to a whole particle: then each block is resampled first, and the log weights are equal. Arguments are
+        those of `get_samples`.
         """
         self._check_state(state)
         if state.blocks.num_blocks > 1:
             samples = self.get_samples(state, *args, **kwargs)
             num = state.log_weights.shape[0]
             return samples, jnp.full(num, -jnp.log(num))
-        arrays, static = self._bind_again(args, kwargs)
+        bound = self._bind_again(args, kwargs)
         constrain = lambda target, state: jax.vmap(lambda x: target.constrain_latents(state.theta, x))(  # noqa: E731
             state.points.x
         )
-        return self._program("weighted", constrain)(static, arrays, state), state.log_weights[:, 0]
+        return bound.call("weighted", constrain, state), state.log_weights[:, 0]
 
     def log_likelihood(self, params: Params, samples: dict[str, Array], *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Log densities of the observations given draws of the latents, as `numpyro.infer.log_likelihood`.
@@ -287,33 +265,25 @@ class ParticleAlgorithm(Algorithm):
         Raises:
             ValueError: If a latent site is missing, or the model has discrete latents.
         """
-        arrays, static = self._bind_again(args, kwargs)
-        return self._program("log_likelihood", pointwise_log_likelihood)(static, arrays, params, samples)
+        return self._bind_again(args, kwargs).call("log_likelihood", pointwise_log_likelihood, params, samples)
 
     def observed_data(self, params: Params, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """The observations, ``{site: array}``; for ``params`` and the arguments see `log_likelihood`."""
-        arrays, static = self._bind_again(args, kwargs)
-        return self._program("observed", observed_data)(static, arrays, params)
+        return self._bind_again(args, kwargs).call("observed", observed_data, params)
 
     def axis_names(self, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
         """Names of the axes of every site, which are those of its plates where it stands in plates."""
-        arrays, static = self._bind_again(args, kwargs)
-        return axis_names(self._target(arrays, static))
+        return axis_names(self._bind_again(args, kwargs).target)
 
     def as_svi(self, state: Any, *args: Any, **kwargs: Any) -> SVIView:
         """The weighted particles in the shape of NumPyro's `SVI`, for what is written for guides.
 
         ``Predictive(model, guide=view.guide, params=params, num_samples=1000)`` then draws particles with their true
-        weights (block by block, if there are several), and so does ArviZ's ``from_numpyro_svi(view, ...)``.
-
-        Args:
-            state: A state.
-            *args: Arguments of the model; may be left out if this object has seen them before.
-            **kwargs: Keyword arguments of the model.
+        weights (block by block, if there are several), and so does ArviZ's ``from_numpyro_svi(view, ...)``. Arguments
+        are those of `get_samples`.
         """
         self._check_state(state)
-        arrays, static = self._bind_again(args, kwargs)
-        target = self._target(arrays, static)
+        target = self._bind_again(args, kwargs).target
 
         def draw(rng_key: Array) -> dict[str, Array]:
             values = target.constrain_latents(
@@ -323,10 +293,9 @@ class ParticleAlgorithm(Algorithm):
 
         return make_svi_view(self.model, self.get_params(state), draw)
 
-    def _log_evidence_at(
-        self, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
-    ) -> tuple[float, float]:
-        return build_report.log_evidence_at(self, rng_key, arrays, static, state)
+    def log_evidence_at(self, rng_key: Array, bound: BoundTarget, state: S) -> tuple[float, float]:
+        """See `Algorithm.log_evidence_at`."""
+        return build_report.log_evidence_at(self, rng_key, bound, state)
 
     # -- report -------------------------------------------------------------------------------------------------------
     def summarize(self, rng_key: Array, state: Any, *args: Any, sandwich: bool = False, **kwargs: Any) -> Report:
@@ -349,6 +318,6 @@ class ParticleAlgorithm(Algorithm):
         """
         self._check_state(state)
         check_key(rng_key)
-        self._refuse_wrong_blocks(state)
-        arrays, static = self._bind_again(args, kwargs)
-        return build_report.summarize(self, rng_key, arrays, static, state, sandwich)
+        check_blocks(state)
+        bound = self._bind_again(args, kwargs)
+        return build_report.summarize(self, rng_key, bound, state, sandwich)

@@ -32,14 +32,16 @@ from numpyro_smcopt.algorithms.base import ParticleAlgorithm
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import Kernel, Point
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.safeguards import next_backoff, select
-from numpyro_smcopt.population.start import Start, refuse_loss
-from numpyro_smcopt.potential import Target, check_key
+from numpyro_smcopt.population.tempering import Tempered
+from numpyro_smcopt.population.warm_start import warm_start
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.random_numbers import aside, split
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.samplers import Assessed, Sampler, as_sampler
 from numpyro_smcopt.theta_step import as_theta_step
-from numpyro_smcopt.types import Array, Model, Params, Theta, positive, whole_or_none
+from numpyro_smcopt.types import Array, Model, Params, Theta, whole_or_none
 
 LARGEST_LOSS = 0.25  # share of the particles that may meet a potential that is not finite
 
@@ -92,7 +94,7 @@ class ImplicitDiffusionState(NamedTuple):
         return self.particles.log_weights
 
 
-class ImplicitDiffusion(ParticleAlgorithm):
+class ImplicitDiffusion(ParticleAlgorithm[ImplicitDiffusionState]):
     """Minimise a loss of the samples of a sampler, in a single loop of sampling and optimisation.
 
     Args:
@@ -150,22 +152,31 @@ class ImplicitDiffusion(ParticleAlgorithm):
         self.sampler = as_sampler(sampler)
         self.num_particles = whole_or_none("num_particles", num_particles)
 
-    _state_type = ImplicitDiffusionState
+    state_type = ImplicitDiffusionState
 
     # -- start --------------------------------------------------------------------------------------------------------
-    def _begin(self, rng_key: Array, start: Start) -> ImplicitDiffusionState:
-        key_sampler, key_assess, key_state = random.split(rng_key, 3)
-        self.sampler.check(start.target, start.theta, self.objective)
-        begun = self.sampler.begin(key_sampler, start, self.objective, self.num_particles, self.optim is None)
-        arguments = key_assess, key_state, begun.theta, begun.particles, begun.blocks
-        state = start.call("assembled", self._assembled, *arguments)
-        refuse_loss(start, self.objective, state.diagnostics["loss"])
-        return state
+    def check(self, target: Target, theta: Theta) -> None:
+        """See `Algorithm.check`."""
+        if self.sampler.has_energy or not target.sites.params:
+            super().check(target, theta)
+        self.sampler.check(target, theta, self.objective)
 
-    def _assembled(
-        self, target: Target, key_assess: Array, key_state: Array, theta: Theta, particles: Any, blocks: Blocks
-    ) -> ImplicitDiffusionState:
-        """The first state around the first samples."""
+    def find_blocks(self, rng_key: Array, bound: BoundTarget, theta: Theta) -> Blocks:
+        """See `Algorithm.find_blocks`."""
+        return self.sampler.find_blocks(rng_key, bound, theta, self.objective)
+
+    def warm_start(self, bound: BoundTarget, theta: Theta, blocks: Blocks) -> tuple[Theta, Any] | None:
+        """See `Algorithm.warm_start`."""
+        wanted = self.optim is None and self.maximises_likelihood and self.sampler.has_energy
+        return warm_start(bound, theta, blocks) if wanted else None
+
+    def first_state(
+        self, target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
+    ) -> tuple[ImplicitDiffusionState, Tempered | None]:
+        """See `Algorithm.first_state`."""
+        key_sampler, key_assess, key_state = random.split(rng_key, 3)
+        place = target, theta, blocks, mode
+        particles, cloud = self.sampler.first_particles(key_sampler, *place, self.objective, self.num_particles)
         zero = jnp.zeros((), jnp.int32)
         assessed = self.sampler.assess(key_assess, target, theta, particles, blocks, self.objective)
         flat, _ = ravel_pytree(theta)
@@ -175,7 +186,7 @@ class ImplicitDiffusion(ParticleAlgorithm):
             lambda: self.sampler.advance(key_state, target, theta, particles, blocks, zero, self.objective, idle)
         )
         diagnostics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return ImplicitDiffusionState(
+        state = ImplicitDiffusionState(
             theta=theta,
             params=target.constrain_params(theta),
             particles=particles,
@@ -192,9 +203,11 @@ class ImplicitDiffusion(ParticleAlgorithm):
             mutable_state={},
             rng_key=key_state,
         )
+        return state, cloud
 
     # -- update -------------------------------------------------------------------------------------------------------
-    def _step(self, target: Target, state: ImplicitDiffusionState, controls: dict[str, Array]) -> Any:
+    def step(self, target: Target, state: ImplicitDiffusionState, controls: dict[str, Array]) -> ImplicitDiffusionState:
+        """See the head of this file."""
         next_key, key_advance, key_assess = split(state.rng_key, 3)
         sampler, objective, assessed = self.sampler, self.objective, state.assessed
         flat, unravel = ravel_pytree(state.theta)
@@ -238,13 +251,12 @@ class ImplicitDiffusion(ParticleAlgorithm):
     def _theta_step(self, target: Target, theta: Theta, particles: Any) -> Any:
         return self.optim or self.sampler.theta_step(target, theta, particles, self.objective)
 
-    def _controls(self, state: ImplicitDiffusionState) -> dict[str, Array]:
+    def controls(self, state: ImplicitDiffusionState) -> dict[str, Array]:
+        """See `Algorithm.controls`."""
         return {"learning_rate": state.step_backoff.dtype.type(1.0), **self.sampler.controls(state.particles)}
 
-    def _attached(self) -> Any:
-        return self.objective.arrays
-
-    def _adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
+    def adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
+        """See `Algorithm.adopt`."""
         next_key, key_assess, key_blocks = split(state.rng_key, 3)
         state = state._replace(rng_key=next_key)
         particles, wrong = self.sampler.adopt(key_blocks, target, state.theta, state.particles, state.blocks)
@@ -257,60 +269,21 @@ class ImplicitDiffusion(ParticleAlgorithm):
         )
         return select(~jnp.asarray(wrong), adopted, state)._replace(wrong_blocks=jnp.asarray(wrong))
 
-    def evaluate(self, state: ImplicitDiffusionState, *args: Any, **kwargs: Any) -> Array:
-        """The loss in a state under the given data, without changing the state.
+    def loss(self, target: Target, state: ImplicitDiffusionState) -> Array:
+        """See `Algorithm.loss`."""
+        state = state._replace(rng_key=aside(state.rng_key))
+        return self.adopt(target, state, state.fingerprint).assessed.loss
 
-        Args:
-            state: A state.
-            *args: Arguments of the model.
-            **kwargs: Keyword arguments of the model.
-        """
-        self._check_state(state)
-        arrays, static = self._bind(args, kwargs)
-
-        def loss(target: Target, state: ImplicitDiffusionState) -> Array:
-            state = state._replace(rng_key=aside(state.rng_key))
-            return self._adopt(target, state, state.fingerprint).assessed.loss
-
-        return self._program("evaluate", loss)(static, arrays, state)
-
-    def get_samples(
-        self, state: Any, *args: Any, rng_key: Array | None = None, num_samples: int | None = None, **kwargs: Any
-    ) -> dict[str, Array]:
-        """Samples at the present theta.
-
-        Args:
-            state: A state.
-            *args: Arguments of the model; may be left out if this object has seen them before.
-            rng_key: Randomness (default ``random.key(0)``).
-            num_samples: How many (default: as many as there are particles).
-            **kwargs: Keyword arguments of the model.
-
-        Returns:
-            ``{site: [num_samples, ...]}`` on the scale of the model: for `samplers.Chains` the particles in random
-            order, deterministic sites included; for `samplers.EulerMaruyama` the ends of fresh paths, ``{"y": ...}``.
-
-        Raises:
-            ValueError: If the model's arguments are not known, or ``num_samples`` is not a positive integer.
-        """
-        self._check_state(state)
-        if rng_key is not None:
-            check_key(rng_key)
-        arrays, static = self._bind_again(args, kwargs)
-        num = positive("num_samples", self.sampler.size(state.particles) if num_samples is None else num_samples)
-
-        def draw(target: Target, state: ImplicitDiffusionState, key: Array) -> dict[str, Array]:
-            return self.sampler.draw(key, target, state.theta, state.particles, state.blocks, num)
-
-        key = random.key(0) if rng_key is None else rng_key
-        return self._program(("samples", num), draw)(static, arrays, state, key)
+    def draw(self, target: Target, rng_key: Array, state: Any, num: int | None) -> dict[str, Array]:
+        """See `ParticleAlgorithm.draw`."""
+        num = self.sampler.size(state.particles) if num is None else num
+        return self.sampler.draw(rng_key, target, state.theta, state.particles, state.blocks, num)
 
     # -- faults -------------------------------------------------------------------------------------------------------
-    def _check_model(self, target: Target) -> None:
-        if self.sampler.has_energy or not target.sites.params:
-            super()._check_model(target)
-
-    def _report_faults(self, state: ImplicitDiffusionState, diagnostics: dict[str, Array]) -> Status:
+    def faults(
+        self, state: ImplicitDiffusionState, diagnostics: dict[str, np.ndarray]
+    ) -> tuple[list[str | None], Status]:
+        """See `Algorithm.faults`."""
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
         found = [
             faults.unmoved_theta(refused, int(state.num_updates)),
@@ -321,11 +294,10 @@ class ImplicitDiffusion(ParticleAlgorithm):
             found.append(faults.replaced_particles(int(np.sum(diagnostics["num_nonfinite"]))))
         if "acceptance_rate" in diagnostics:
             found.append(faults.frozen_particles(float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))))
-        faults.warn_of(found)
-        lost = float(np.mean(diagnostics["num_nonfinite"])) / (
+        lost = float(np.mean(diagnostics.get("num_nonfinite", 0))) / (
             self.sampler.size(state.particles) * state.blocks.num_blocks
         )
-        return Status.NON_FINITE if refused > num / 4 or lost > LARGEST_LOSS else Status.FINISHED
+        return found, Status.NON_FINITE if refused > num / 4 or lost > LARGEST_LOSS else Status.FINISHED
 
 
 def _is_finite(assessed: Assessed) -> Array:

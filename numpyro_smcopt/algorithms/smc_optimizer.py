@@ -23,18 +23,11 @@ from numpyro_smcopt.objectives import (
     as_objective,
 )
 from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.evaluate import added_up, evaluator, replace_dead
-from numpyro_smcopt.population.start import (
-    Start,
-    first_cloud,
-    first_step,
-    refuse_hopeless,
-    refuse_loss,
-    start_blocks,
-    starts_from_prior,
-    warm_theta,
-    warn_of_unfinished,
-)
+from numpyro_smcopt.population.first_cloud import first_cloud, first_step, starts_from_prior
+from numpyro_smcopt.population.tempering import Tempered
+from numpyro_smcopt.population.warm_start import warm_start
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.resampling import ResamplingScheme, systematic
 from numpyro_smcopt.results import Status
@@ -48,7 +41,7 @@ from numpyro_smcopt.weights import (
 LARGEST_LOSS = 0.25  # share of the particles that may meet a potential that is not finite
 
 
-class SMCOptimizer(ParticleAlgorithm):
+class SMCOptimizer(ParticleAlgorithm[SMCState]):
     """Minimise a loss whose gradient is an expectation under ``pi_theta``; by default, minus the marginal likelihood.
 
     Args:
@@ -129,110 +122,91 @@ class SMCOptimizer(ParticleAlgorithm):
         self._update = self._parts.order()
         self.partition = one_block if self.objective.whole_particles else partition
 
-    _state_type = SMCState
+    state_type = SMCState
 
     # -- start --------------------------------------------------------------------------------------------------------
-    def _begin(self, rng_key: Array, start: Start) -> SMCState:
-        theta, target = start.theta, start.target
-        mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
-        self.objective.check(target, theta)
-        key_blocks, rng_key = random.split(rng_key)
-        blocks = start_blocks(key_blocks, start, self.partition, self.init_strategy)
-        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
-        first = ("first", num_particles), self._first_state(num_particles)
-        start.foresee(start.prepare(*first, rng_key, theta, blocks, mode)[0])
-        warm = warm_theta(start, blocks) if self.optim is None and self.objective.is_likelihood else None
-        if warm is not None:
-            theta, mode = warm
-        state, num_unfinished, num_stages = start.call(*first, rng_key, theta, blocks, mode)
-        refuse_hopeless(start, state.points.terms, blocks.sums)
-        if not self.objective.is_likelihood:
-            refuse_loss(start, self.objective, state.diagnostics["loss"])
-        warn_of_unfinished(start, blocks, num_unfinished, num_stages)
-        return state
+    def warm_start(self, bound: BoundTarget, theta: Theta, blocks: Blocks) -> tuple[Theta, Any] | None:
+        """See `Algorithm.warm_start`."""
+        return warm_start(bound, theta, blocks) if self.optim is None and self.maximises_likelihood else None
 
     def _num_particles_for(self, target: Target, theta: Theta, num_blocks: int) -> int:
         if target.sites.num_latents == 0:
             return 1  # plain maximum likelihood: there is nothing to integrate out
         return self.num_particles or budget.default_num_particles(
             target.work(theta),
-            control_variates=self.objective.is_likelihood,
+            control_variates=self.maximises_likelihood,
             fewest=budget.fewest_with_weights(num_blocks),
         )
 
-    def _first_state(self, num_particles: int) -> Callable:
-        """A program: the first state at ``theta``, how many blocks are not at their posterior, stages of tempering."""
+    def first_state(
+        self, target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
+    ) -> tuple[SMCState, Tempered]:
+        """See `Algorithm.first_state`."""
+        key_cloud, key_objective, key_state = random.split(rng_key, 3)
+        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
+        whole = blocks
+        target, blocks = added_up(target, whole)
+        _, flat, _ = flat_terms(target, theta)
+        kernel = self.kernel if self.kernel.invariant else HMC()
+        cloud = first_cloud(
+            key_cloud, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
+        )
+        points = cloud.points
+        work, evaluations = target.work(theta), self.kernel.num_evaluations
+        if budget.carries_scores(num_particles, flat.size, blocks.num_blocks, work, evaluations):
+            points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
+        finite = jnp.isfinite(blocks.sum_terms(points.terms) + blocks.sum_coordinates(points.grad))
+        equal = uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype)
+        fresh = reweight(equal, jnp.where(finite, 0.0, jnp.nan))
+        points = replace_dead(points, fresh.log_weights, blocks)
+        known = starts_from_prior(target, self.init_strategy)
+        free = -blocks.sum_free_terms(points.terms[0])
+        first = jnp.sum(cloud.log_evidence) + free if known else jnp.zeros((), flat.dtype)
+        zero = jnp.zeros((), jnp.int32)
+        state = SMCState(
+            theta=theta,
+            params=target.constrain_params(theta),
+            points=points,
+            log_weights=fresh.log_weights,
+            log_evidence_start=first,
+            log_evidence_change=jnp.zeros_like(first),
+            relative=jnp.asarray(not known),
+            step=first_step(self.kernel, cloud.step, kernel),
+            theta_state=self._parts.theta_step(target, theta, num_particles, blocks.num_blocks).init(flat),
+            next_theta=flat,
+            step_backoff=jnp.ones((), flat.dtype),
+            blocks=blocks,
+            num_updates=zero,
+            num_refused=zero,
+            num_lost=zero,
+            wrong_blocks=jnp.asarray(False),
+            fingerprint=jnp.zeros((), jnp.uint32),
+            diagnostics={},
+            mutable_state={},
+            rng_key=key_state,
+        )
+        estimate = estimate_at(self._parts, target, theta, state, blocks, key_objective)
+        diagnostics = diagnose(
+            self._parts,
+            state,
+            estimate,
+            jnp.zeros_like(flat),
+            ess=fresh.ess,
+            step_ess=jnp.ones_like(cloud.acceptance),
+            acceptance=cloud.acceptance,
+            num_nonfinite=fresh.num_nonfinite,
+            num_refused=zero,
+            num_resampled=zero,
+        )
+        state = state._replace(diagnostics=diagnostics, blocks=whole)
+        return state, cloud._replace(points=points)
 
-        def first(
-            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
-        ) -> tuple[SMCState, Array, Array]:
-            key_cloud, key_objective, key_state = random.split(rng_key, 3)
-            whole = blocks
-            target, blocks = added_up(target, whole)
-            _, flat, _ = flat_terms(target, theta)
-            kernel = self.kernel if self.kernel.invariant else HMC()
-            cloud = first_cloud(
-                key_cloud, target, theta, blocks, mode, kernel, num_particles, init_strategy=self.init_strategy
-            )
-            points = cloud.points
-            work, evaluations = target.work(theta), self.kernel.num_evaluations
-            if budget.carries_scores(num_particles, flat.size, blocks.num_blocks, work, evaluations):
-                points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
-            finite = jnp.isfinite(blocks.sum_terms(points.terms) + blocks.sum_coordinates(points.grad))
-            equal = uniform_log_weights(num_particles, blocks.num_blocks, flat.dtype)
-            fresh = reweight(equal, jnp.where(finite, 0.0, jnp.nan))
-            points = replace_dead(points, fresh.log_weights, blocks)
-            known = starts_from_prior(target, self.init_strategy)
-            free = -blocks.sum_free_terms(points.terms[0])
-            first = jnp.sum(cloud.log_evidence) + free if known else jnp.zeros((), flat.dtype)
-            zero = jnp.zeros((), jnp.int32)
-            state = SMCState(
-                theta=theta,
-                params=target.constrain_params(theta),
-                points=points,
-                log_weights=fresh.log_weights,
-                log_evidence_start=first,
-                log_evidence_change=jnp.zeros_like(first),
-                relative=jnp.asarray(not known),
-                step=first_step(self.kernel, cloud.step, kernel),
-                theta_state=self._parts.theta_step(target, theta, num_particles, blocks.num_blocks).init(flat),
-                next_theta=flat,
-                step_backoff=jnp.ones((), flat.dtype),
-                blocks=blocks,
-                num_updates=zero,
-                num_refused=zero,
-                num_lost=zero,
-                wrong_blocks=jnp.asarray(False),
-                fingerprint=jnp.zeros((), jnp.uint32),
-                diagnostics={},
-                mutable_state={},
-                rng_key=key_state,
-            )
-            estimate = estimate_at(self._parts, target, theta, state, blocks, key_objective)
-            diagnostics = diagnose(
-                self._parts,
-                state,
-                estimate,
-                jnp.zeros_like(flat),
-                ess=fresh.ess,
-                step_ess=jnp.ones_like(cloud.acceptance),
-                acceptance=cloud.acceptance,
-                num_nonfinite=fresh.num_nonfinite,
-                num_refused=zero,
-                num_resampled=zero,
-            )
-            state = state._replace(diagnostics=diagnostics, blocks=whole)
-            return state, jnp.sum(cloud.unfinished), cloud.num_stages
-
-        return first
-
-    def _step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
+    def step(self, target: Target, state: SMCState, controls: dict[str, Array]) -> SMCState:
+        """See `smc_update`."""
         return self._update(self._parts, target, state, controls)
 
-    def _attached(self) -> Any:
-        return self.objective.arrays
-
-    def _controls(self, state: SMCState) -> dict[str, Any]:
+    def controls(self, state: SMCState) -> dict[str, Any]:
+        """See `Algorithm.controls`."""
         dtype = state.log_weights.dtype.type
         return {
             "step_size": state.step.size,
@@ -243,39 +217,28 @@ class SMCOptimizer(ParticleAlgorithm):
         }
 
     # -- new data -----------------------------------------------------------------------------------------------------
-    def _adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
+    def adopt(self, target: Target, state: SMCState, fingerprint: Array) -> SMCState:
+        """See `smc_update.adopt`."""
         return adopt(target, state, fingerprint)
 
-    def evaluate(self, state: SMCState, *args: Any, **kwargs: Any) -> Array:
-        """The loss in a state under the given data, without changing the state.
+    def loss(self, target: Target, state: SMCState) -> Array:
+        """See `Algorithm.loss`; for the marginal likelihood this is minus the running log evidence."""
+        return loss_on(self._parts, target, state)
 
-        For the marginal likelihood this is minus the running log evidence.
-
-        Args:
-            state: A state.
-            *args: Arguments of the model.
-            **kwargs: Keyword arguments of the model.
-        """
-        self._check_state(state)
-        arrays, static = self._bind(args, kwargs)
-        loss = lambda target, state: loss_on(self._parts, target, state)  # noqa: E731
-        return self._program("evaluate", loss)(static, arrays, state)
-
-    def _report_faults(self, state: SMCState, diagnostics: dict[str, Array]) -> Status:
+    def faults(self, state: SMCState, diagnostics: dict[str, np.ndarray]) -> tuple[list[str | None], Status]:
+        """See `Algorithm.faults`."""
         num = len(diagnostics["loss"])
         refused, lost = (int(np.sum(diagnostics[name])) for name in ("num_refused", "num_nonfinite"))
         acceptance = float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))
         moves = self.kernel.invariant and state.points.x.shape[1] > 0
         starved = faults.starved_cloud(float(np.mean(diagnostics["step_ess"])), state.log_weights.shape[0])
-        faults.warn_of(
-            (
-                faults.refused_updates(refused, num),
-                starved,
-                faults.lost_particles(lost),
-                faults.frozen_particles(acceptance) if moves else None,
-                faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
-            )
-        )
+        found = [
+            faults.refused_updates(refused, num),
+            starved,
+            faults.lost_particles(lost),
+            faults.frozen_particles(acceptance) if moves else None,
+            faults.masked_particles(int(np.sum(diagnostics.get("num_masked", 0)))),
+        ]
         if refused > num / 4 or starved:
-            return Status.WEIGHTS_COLLAPSED
-        return Status.NON_FINITE if lost > LARGEST_LOSS * num * state.log_weights.size else Status.FINISHED
+            return found, Status.WEIGHTS_COLLAPSED
+        return found, Status.NON_FINITE if lost > LARGEST_LOSS * num * state.log_weights.size else Status.FINISHED

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from numpyro_smcopt.kernels import HMC
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION
-from numpyro_smcopt.population.start import Start
-from numpyro_smcopt.potential import StaticArguments
 from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
 from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.evidence_at import EvidenceAt, Exploration, complete_information
@@ -27,18 +26,16 @@ from numpyro_smcopt.types import Array, Params
 JUMP, JUMP_ERRORS = 0.1, 6.0  # in root information, and in standard errors
 
 
-def summarize(
-    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any, sandwich: bool
-) -> Report:
+def summarize(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: Any, sandwich: bool) -> Report:
     """See `ParticleAlgorithm.summarize`."""
     if sandwich and state.blocks.num_blocks == 1 and state.points.x.shape[1]:
         raise ValueError(
             "A sandwich covariance needs independent units, but all latents of this model depend on one another. "
             "Leave sandwich=True out."
         )
-    at = _evidence_at(algorithm, rng_key, arrays, static, state)
+    at = _evidence_at(algorithm, rng_key, bound, state)
     if 0 < ravel(state.theta).size <= LARGEST_INFORMATION:
-        carried = algorithm._known_information(state)
+        carried = algorithm.complete_information(state)
         complete = None if carried is None else np.asarray(carried, float)
         if complete is None or not np.any(complete):
             complete = complete_information(rng_key, at.start, state.params, at.cloud, at.blocks)
@@ -46,23 +43,18 @@ def summarize(
     return build_report(jax.device_get(state.params), at)
 
 
-def log_evidence_at(
-    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
-) -> tuple[float, float]:
+def log_evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: Any) -> tuple[float, float]:
     """Log evidence at the estimate of a state, and its error."""
-    found = _evidence_at(algorithm, rng_key, arrays, static, state)(state.params).evidence
+    found = _evidence_at(algorithm, rng_key, bound, state)(state.params).evidence
     return found.log_evidence, found.log_evidence_std
 
 
-def _evidence_at(
-    algorithm: Algorithm, rng_key: Array, arrays: list[Array], static: StaticArguments, state: Any
-) -> EvidenceAt:
-    start = Start(algorithm._program, static, arrays, algorithm._target(arrays, static), state.theta)
+def _evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: Any) -> EvidenceAt:
     cloud, own = Draws(state.points.x, state.log_weights), getattr(algorithm, "kernel", None)
     # The kernel of the algorithm, or one that serves any model
     kernel = own if own is not None and own.invariant else HMC()
-    strategy = getattr(algorithm, "init_strategy", None)
-    return EvidenceAt(rng_key, start, cloud, state.blocks, kernel, init_strategy=strategy)
+    strategy = algorithm.init_strategy
+    return EvidenceAt(rng_key, bound.at(state.theta), cloud, state.blocks, kernel, init_strategy=strategy)
 
 
 def build_report(params: Params, at: EvidenceAt) -> Report:

@@ -23,7 +23,8 @@ from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.information import whitening
 from numpyro_smcopt.kernels import InvariantKernel
 from numpyro_smcopt.population import budget
-from numpyro_smcopt.population.start import Start, starts_from_prior
+from numpyro_smcopt.population.bound_target import BoundTarget
+from numpyro_smcopt.population.first_cloud import starts_from_prior
 from numpyro_smcopt.reporting import effort, programs
 from numpyro_smcopt.reporting.coordinates import ravel
 from numpyro_smcopt.reporting.derivatives import Derivatives, draw_picks, inverse
@@ -90,7 +91,9 @@ class Exploration(NamedTuple):
     derivatives: Derivatives | None
 
 
-def complete_information(rng_key: Array, start: Start, params: Params, cloud: Draws, blocks: Blocks) -> np.ndarray:
+def complete_information(
+    rng_key: Array, start: BoundTarget, params: Params, cloud: Draws, blocks: Blocks
+) -> np.ndarray:
     """[P, P] complete-data information at latents that stay, from a cloud near the posterior; in double precision."""
     num_params, num_particles = ravel(start.theta).size, len(cloud.x)
     num = budget.num_for_information(num_particles, blocks.num_blocks, num_params, start.target.work(start.theta))
@@ -119,7 +122,7 @@ class EvidenceAt:
     """
 
     rng_key: Array
-    start: Start
+    start: BoundTarget
     cloud: Draws
     blocks: Blocks
     kernel: InvariantKernel

@@ -23,7 +23,7 @@ from numpyro.distributions.constraints import Constraint
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.information import louis_information
 from numpyro_smcopt.kernels import InvariantKernel
-from numpyro_smcopt.population.start import first_cloud
+from numpyro_smcopt.population.first_cloud import first_cloud
 from numpyro_smcopt.population.tempering import Tempered as TemperedCloud
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.reporting.coordinates import unravel

@@ -1,186 +1,166 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of arrays in one file: a zip archive of ``.npy`` members and a JSON header.
+"""The checkpoint of a run, or of several: whose it is, what was asked for, how far it is."""
 
-Nothing in the file is code: no pickle, no class names. The structure of a tree comes from the program that reads it,
-the file only says what is to be found at which path, with shape and type. It can be looked at with `numpy.load`.
-
-A file is replaced by `os.replace` after its successor has reached the disk, so a process that is killed at any moment
-leaves the old file or the new one, never a part. Every member carries a checksum.
-"""
-
-import hashlib
-import io
+import dataclasses
 import json
 import os
-import re
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import numpyro
 from jax import random
 
-FORMAT = 1
-HEADER = "header.json"
-_KEY = "key "  # begins the type of PRNG keys; the generator follows
+from numpyro_smcopt.population.bound_target import BoundTarget
+from numpyro_smcopt.potential import Target, fingerprint
+from numpyro_smcopt.results import Status
+from numpyro_smcopt.runs.algorithm import Algorithm
+from numpyro_smcopt.runs.convergence import EarlyStop
+from numpyro_smcopt.runs.tree_file import Saved, digest, load, save, without_addresses
+
+_NO_SETTINGS = ("model", "handlers", "static_kwargs", "_programs", "_seen")  # attributes that are no settings
 
 
-class Saved(NamedTuple):
-    """What a checkpoint holds.
+class RunSettings(NamedTuple):
+    """What a run was asked for.
 
     Attributes:
-        header: What the writer said about it; JSON.
-        arrays: NumPy arrays and typed PRNG keys by path, as `jax.tree_util.keystr` spells it.
+        num_steps: Updates of every run, at most.
+        num_runs: K, how many runs are made at once.
+        early_stop: When they end before; None for never.
+        ranking_key: Randomness of the ranking of several runs; None for one.
+        checkpoint_every: Updates between two checkpoints.
     """
 
-    header: dict[str, Any]
-    arrays: dict[str, Any]
+    num_steps: int
+    num_runs: int = 1
+    early_stop: EarlyStop | None = None
+    ranking_key: Any = None
+    checkpoint_every: int = 500
 
 
-def save(path: str | os.PathLike, header: Mapping[str, Any], tree: Any) -> None:
-    """Write a tree of arrays, replacing a file that is there.
+def write(
+    path: str | os.PathLike,
+    identity: dict[str, Any],
+    settings: RunSettings,
+    state: Any,
+    records: Any = None,
+    status: Status | None = None,
+) -> None:
+    """Write a checkpoint, replacing the one before.
 
     Args:
         path: The file.
-        header: What JSON can hold.
-        tree: A pytree of arrays (typed PRNG keys among them).
+        identity: See `identity_of`.
+        settings: What was asked for.
+        state: The state; of several runs with a leading axis.
+        records: Of all updates so far, [T, ...]; None before the first.
+        status: How the run ended; None while it goes on.
+    """
+    stop, ranking_key = settings.early_stop, settings.ranking_key
+    header = {
+        "versions": _versions(),
+        "num_steps": settings.num_steps,
+        "num_runs": settings.num_runs,
+        "every": settings.checkpoint_every,
+        "done": 0 if records is None else len(jax.tree.leaves(records)[0]),
+        "early_stop": None if stop is None else dataclasses.asdict(stop),
+        "status": None if status is None else status.name,
+        "identity": identity,
+    }
+    parts = {"state": state, "records": records, "ranking": ranking_key}
+    save(path, header, {name: part for name, part in parts.items() if part is not None})
+
+
+def read(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[Saved, RunSettings, Status | None]:
+    """What a checkpoint holds, what was asked for, and how the run ended, if it did.
 
     Raises:
-        OSError: If the file cannot be written.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or of a run with another identity; the message says what differs.
     """
-    path = Path(path)
-    leaves = [(jax.tree_util.keystr(where), leaf) for where, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    arrays = {where: _plain(leaf) for where, leaf in leaves}
-    types = {where: _type(leaf) for where, leaf in leaves}
-    described = {"format": FORMAT, "header": header, "arrays": types}
-    # One name for all unfinished files of a path: those of killed processes do not pile up.
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(HEADER, json.dumps(described, indent=1))
-            for where, array in arrays.items():
-                with archive.open(f"{where}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    _sync_directory(path.parent)
-
-
-def load(path: str | os.PathLike) -> Saved:
-    """Read a file that `save` wrote.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no such file, or damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            described = json.loads(archive.read(HEADER))
-            if described["format"] != FORMAT:
-                raise ValueError(
-                    f"'{path}' is a checkpoint of format {described['format']}, this version reads {FORMAT}."
-                )
-            types = described["arrays"].items()
-            return Saved(described["header"], {where: _typed(_read(archive, where), name) for where, name in types})
-    except (zipfile.BadZipFile, KeyError, TypeError, UnicodeDecodeError, EOFError, NotImplementedError) as error:
-        damage: Exception = error
-    except (OSError, RuntimeError) as error:  # a damaged directory may send a read anywhere, or ask for a password
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(
-                f"There is no checkpoint at '{path}'. It is written by run(..., checkpoint='{path}')."
-            ) from error
-        if isinstance(error, PermissionError | IsADirectoryError):
-            raise
-        damage = error
-    except ValueError as error:  # JSON or the header of an array
-        if "is a checkpoint of format" in str(error):
-            raise
-        damage = error
-    raise ValueError(f"'{path}' is no checkpoint of this package, or it is damaged ({damage}).") from damage
-
-
-def restore(saved: Saved, name: str, template: Any) -> Any:
-    """The tree that was saved under ``name`` in the outermost dictionary.
-
-    Args:
-        saved: What was read.
-        name: Key of the outermost dictionary that was saved.
-        template: A tree of that structure whose leaves have ``shape`` and ``dtype``; a dimension of -1 may be any.
-
-    Raises:
-        ValueError: If structure, shapes or types differ; the message names the first that does.
-    """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path({name: template})
-    wanted = {jax.tree_util.keystr(where): leaf for where, leaf in leaves}
-    found = {where for where in saved.arrays if where.startswith(f"['{name}']")}
-    for where in sorted(wanted.keys() ^ found):
-        has, needs = ("nothing", "an array") if where in wanted else ("an array", "nothing")
-        raise ValueError(
-            f"The checkpoint has {has} at {where}, but with this model and these settings there is {needs}."
-        )
-    for where, leaf in wanted.items():
-        value = saved.arrays[where]
-        fits = len(value.shape) == len(leaf.shape) and all(
-            b in (-1, a) for a, b in zip(value.shape, leaf.shape, strict=True)
-        )
-        if not fits or value.dtype != leaf.dtype:
-            needed = str(tuple(leaf.shape)).replace("-1", "any")
+    saved = load(path)
+    header = saved.header
+    if header["versions"] != _versions():  # programs of other versions are spelled otherwise
+        identity = {key: value for key, value in identity.items() if key != "energy"}
+    for key, now in identity.items():
+        before = header["identity"].get(key)
+        if before != now:
             raise ValueError(
-                f"The checkpoint has {value.dtype} of shape {value.shape} at {where}, where this model with these "
-                f"settings has {leaf.dtype} of shape {needed}."
+                f"The checkpoint '{path}' belongs to another run: {_difference(key, before, now)}. Resume it with "
+                "what it was begun with, or begin a new run at another path."
             )
-    return jax.tree.unflatten(treedef, [saved.arrays[where] for where in wanted])[name]
+    status = None if header["status"] is None else Status[header["status"]]
+    num_runs = header.get("num_runs", 1)  # older files hold one, and do not say so
+    settings = RunSettings(
+        # A run that was ended by its stopping rule has arrived, whatever it was asked for.
+        num_steps=header["done"] if status is Status.CONVERGED else header["num_steps"],
+        num_runs=num_runs,
+        early_stop=None if header["early_stop"] is None else EarlyStop(**header["early_stop"]),
+        ranking_key=jnp.asarray(saved.arrays["['ranking']"]) if num_runs > 1 else None,
+        checkpoint_every=header["every"],
+    )
+    return saved, settings, status
 
 
-def without_addresses(text: str) -> str:
-    """The text of a `repr` without what changes from process to process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+def check_path(path: str | os.PathLike) -> None:
+    """Refuse what cannot become the checkpoint of a new run, before anything is computed.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If it cannot be that of a file.
+        FileExistsError: If there is a file already, which would be destroyed.
+        FileNotFoundError: If there is no directory to hold it.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint must be the path of a file, got {path!r}.")
+    if "\0" in os.fspath(path) or Path(path).is_dir():
+        raise ValueError(f"checkpoint must be the path of a file, but {os.fspath(path)!r} is none.")
+    if Path(path).exists():
+        raise FileExistsError(
+            f"There is a checkpoint at '{path}'. Go on with it by resume('{path}', ...), or delete it to begin anew."
+        )
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no directory '{Path(path).parent}' for the checkpoint '{path}'. Make it first."
+        )
 
 
-def digest(program: Any) -> str:
-    """A short name for a closed jaxpr, its constants included, that is the same in every process."""
-    total = hashlib.sha256(without_addresses(str(program.jaxpr)).encode())
-    for constant in program.consts:
-        total.update(_plain(jnp.asarray(constant)).tobytes())
-    return total.hexdigest()[:16]
+def identity_of(algorithm: Algorithm, bound: BoundTarget) -> dict[str, Any]:
+    """What must not change while a run is interrupted: algorithm, settings, model and data; JSON."""
+    sites = bound.target.sites
+    _, theta = bound.eval_shape("theta", Target.initial_params, random.key(0), {})
+    x = jax.ShapeDtypeStruct((sites.num_latents,), jnp.result_type(float))
+    settings = {name: value for name, value in vars(algorithm).items() if name not in _NO_SETTINGS}
+    mark = bound.call("data", lambda target, arrays: fingerprint(arrays), bound.arrays)
+    terms = bound.programs("terms", Target.terms).trace(bound.static, bound.arrays, theta, x)
+    described = {
+        "algorithm": type(algorithm).__name__,
+        "param sites": list(sites.params),
+        "latent sites": {name: list(site.shape) for name, site in sites.latents.items()},
+        "energy terms": {name: size for name, size, _ in sites.terms},
+        "settings": {name: without_addresses(repr(value)) for name, value in settings.items()},
+        "data": int(mark),
+        "energy": digest(terms.jaxpr),
+    }
+    return json.loads(json.dumps(described))
 
 
-def _is_key(leaf: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+def _versions() -> dict[str, str]:
+    """Of the libraries whose programs are compared."""
+    return {"jax": jax.__version__, "numpyro": numpyro.__version__}
 
 
-def _type(leaf: Any) -> str:
-    """The name of a type of numbers, or of a generator of random numbers."""
-    return _KEY + str(random.key_impl(leaf)) if _is_key(leaf) else str(leaf.dtype)
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    array = np.asarray(random.key_data(leaf) if _is_key(leaf) else leaf)
-    # Types that NumPy does not know (bfloat16) are written as the bytes that they are.
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
-
-
-def _typed(array: np.ndarray, name: str) -> Any:
-    """Undo `_plain`."""
-    if name.startswith(_KEY):
-        return random.wrap_key_data(jnp.asarray(array), impl=name.removeprefix(_KEY))
-    return array if str(array.dtype) == name else array.view(jnp.dtype(name))
-
-
-def _read(archive: zipfile.ZipFile, where: str) -> np.ndarray:
-    whole = archive.read(f"{where}.npy")  # verifies the checksum before anything is believed
-    return np.lib.format.read_array(io.BytesIO(whole), allow_pickle=False)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key == "data":
+        return "the data differ"
+    if key == "energy":
+        return "the model has the same sites, but other densities"
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *now]:
+            if before.get(name) != now.get(name):
+                where = f"`{name}`" if key == "settings" else f"{key} '{name}'"
+                return f"{where} was {before.get(name)} and is {now.get(name)}"
+    return f"{key}: {before}, and now {now}"

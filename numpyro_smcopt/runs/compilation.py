@@ -68,6 +68,35 @@ class Program:
         return self._tuned.trace(static, *arguments)
 
 
+class Programs:
+    """Compiled functions of the targets of one model, by name.
+
+    Args:
+        make_target: ``(arrays, static) -> Target``.
+    """
+
+    def __init__(self, make_target: Callable[[Any, Any], Any]) -> None:
+        self.make_target = make_target
+        self._kept: dict[Any, Program] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what was compiled."""
+        return {"make_target": self.make_target, "_kept": {}}
+
+    def __call__(self, name: Any, function: Callable, keep: bool = True) -> Program:
+        """``function(target, *arguments)`` compiled as ``(static, arrays, *arguments)``, once for every name."""
+        if keep and name in self._kept:
+            return self._kept[name]
+
+        def bound(static: Any, arrays: Any, *arguments: Any) -> Any:
+            return function(self.make_target(arrays, static), *arguments)
+
+        program = Program(bound)
+        if keep:
+            self._kept[name] = program
+        return program
+
+
 @functools.cache
 def _background() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(COMPILATIONS_AT_ONCE, thread_name_prefix="compile")

@@ -9,7 +9,7 @@ compiled program serves chunks of every length, and nothing that a user sees dep
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,26 +45,6 @@ def chunk(update: UpdateFn, state: Any, num_steps: Array) -> tuple[Any, Any]:
     return lax.fori_loop(0, num_steps, body, (state, buffers))
 
 
-class Progress(Protocol):
-    """Shows how far a run is; `SilentProgress` is its silent twin."""
-
-    def advance(self, steps: int, records: Any) -> None:
-        """``steps`` more are done; their records are given."""
-
-    def close(self) -> None:
-        """The run is over."""
-
-
-class SilentProgress:
-    """Shows nothing."""
-
-    def advance(self, steps: int, records: Any) -> None:
-        """Nothing to show."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 class ProgressBar:
     """A tqdm bar with the loss and the effective sample size.
 
@@ -72,19 +52,21 @@ class ProgressBar:
         num_steps: Length of the run.
         describe: Turns the records of a chunk into the text behind the bar.
         done: Where the bar begins.
+        shown: Whether there is a bar at all.
     """
 
-    def __init__(self, num_steps: int, describe: Callable[[Any], str], done: int = 0) -> None:
-        self._bar = tqdm(total=num_steps, initial=done)
+    def __init__(self, num_steps: int, describe: Callable[[Any], str], done: int = 0, shown: bool = True) -> None:
+        self._bar = tqdm(total=num_steps, initial=done, disable=not shown)
         self._describe = describe
 
     def advance(self, steps: int, records: Any) -> None:
-        """Move the bar."""
+        """``steps`` more are done; their records are given."""
         self._bar.update(steps)
-        self._bar.set_postfix_str(self._describe(records), refresh=False)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(self._describe(records), refresh=False)
 
     def close(self) -> None:
-        """Close the bar."""
+        """The run is over."""
         self._bar.close()
 
 
@@ -93,12 +75,12 @@ class Pause(NamedTuple):
 
     Attributes:
         every: Updates between two pauses, counted from the first update of the run.
-        action: ``(state, records so far, updates so far)``; True ends the run.
+        action: ``(state, records so far)``; True ends the run.
         until: Updates after which there are no more pauses; None for no end.
     """
 
     every: int
-    action: Callable[[Any, Any, int], bool]
+    action: Callable[[Any, Any], bool | None]
     until: int | None = None
 
     def ahead(self, done: int) -> int:
@@ -115,7 +97,7 @@ def run_chunks(
     run_chunk: Callable[[Any, Any], tuple[Any, Any]],
     state: Any,
     num_steps: int,
-    progress: Progress,
+    progress: ProgressBar,
     *,
     past: Any = None,
     pauses: Sequence[Pause] = (),
@@ -154,7 +136,7 @@ def run_chunks(
             for pause in pauses:
                 if pause.due(here.done):
                     here = here._replace(pieces=(_concatenate(here.pieces),))
-                    if pause.action(here.state, here.pieces[0], here.done):
+                    if pause.action(here.state, here.pieces[0]):
                         status = Status.CONVERGED
     except KeyboardInterrupt:
         if not here.done:

@@ -10,26 +10,18 @@ path.
 import abc
 from typing import Any, NamedTuple
 
-from numpyro_smcopt.blocks import Blocks
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from numpyro_smcopt.blocks import Blocks, make_blocks
 from numpyro_smcopt.objectives import Objective
-from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.population.bound_target import BoundTarget
+from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.theta_step import StepContext, ThetaStep
+from numpyro_smcopt.theta_step import StepContext, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
-
-
-class Begun(NamedTuple):
-    """A sampler at its start.
-
-    Attributes:
-        theta: Where theta starts; a warm start may have moved it.
-        particles: The sampler's state, a pytree of arrays.
-        blocks: The partition of the latents.
-    """
-
-    theta: Theta
-    particles: Any
-    blocks: Blocks
 
 
 class Assessed(NamedTuple):
@@ -59,35 +51,54 @@ class Sampler(abc.ABC):
 
     has_energy: bool
 
-    @abc.abstractmethod
     def check(self, target: Target, theta: Theta, objective: Objective) -> None:
         """Refuse a model or an objective that does not go with this sampler; nothing is computed.
 
         Raises:
             ValueError: The message names the argument.
         """
+        del target, theta, objective
+
+    def find_blocks(self, rng_key: Array, bound: BoundTarget, theta: Theta, objective: Objective) -> Blocks:
+        """The partition of the latents, of which there are none by default; on the host."""
+        del rng_key, bound, theta, objective
+        return make_blocks(np.zeros(0, int), np.zeros(0, int), 1)
 
     @abc.abstractmethod
-    def begin(self, rng_key: Array, start: Start, objective: Objective, num_particles: int | None, warm: bool) -> Begun:
-        """The first samples; eager, compiles programs through ``start``.
+    def first_particles(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        blocks: Blocks,
+        mode: Array,
+        objective: Objective,
+        num_particles: int | None,
+    ) -> tuple[Any, Tempered | None]:
+        """The sampler's first state, a pytree of arrays, and the particles as they were drawn, if there is an energy.
 
         Args:
             rng_key: Randomness.
-            start: The model and theta.
+            target: The model.
+            theta: Where theta starts.
+            blocks: The partition of the latents.
+            mode: [D] a likely place of the latents, or zero.
             objective: What is minimised.
             num_particles: N; None is for the sampler to choose.
-            warm: Whether theta may be moved to a better start.
         """
 
-    @abc.abstractmethod
     def theta_step(self, target: Target, theta: Theta, particles: Any, objective: Objective) -> ThetaStep:
-        """The default theta step."""
+        """The default theta step: without an energy there is no information, hence Adam(1e-3)."""
+        del target, theta, particles, objective
+        return as_theta_step(optax.adam(1e-3))
 
-    @abc.abstractmethod
     def step_context(
         self, target: Target, theta: Theta, particles: Any, blocks: Blocks, num_updates: Array
     ) -> StepContext:
         """What a theta step may ask at ``theta``; gradient, loss and curvature are filled in by the caller."""
+        del target, particles, blocks, num_updates
+        flat, _ = ravel_pytree(theta)
+        return StepContext(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
 
     @abc.abstractmethod
     def advance(
@@ -109,15 +120,17 @@ class Sampler(abc.ABC):
     ) -> Assessed:
         """Loss and gradient at ``theta``."""
 
-    @abc.abstractmethod
     def adopt(
         self, rng_key: Array, target: Target, theta: Theta, particles: Any, blocks: Blocks
     ) -> tuple[Any, Array | bool]:
         """The samples under the data of ``target``, and whether these contradict the partition."""
+        del rng_key, target, theta, blocks
+        return particles, False
 
-    @abc.abstractmethod
     def controls(self, particles: Any) -> dict[str, Array]:
         """What handlers may replace, by site name."""
+        del particles
+        return {}
 
     @abc.abstractmethod
     def draw(

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax, random
 
 from numpyro_smcopt.block_search import find_blocks
@@ -27,21 +26,15 @@ from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels import HMC, MALA, Kernel, Point, Potential, Step, is_kernel
 from numpyro_smcopt.objectives import Cloud, Objective, Scene
 from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.evaluate import added_up, blocks_are_wrong, equal_draws, evaluator, gather
+from numpyro_smcopt.population.first_cloud import first_cloud, first_step, starts_from_prior
 from numpyro_smcopt.population.gradients import default_theta_step, step_context, surrogate_gradient
-from numpyro_smcopt.population.start import (
-    Start,
-    first_cloud,
-    first_step,
-    refuse_hopeless,
-    start_blocks,
-    starts_from_prior,
-    warm_theta,
-    warn_of_unfinished,
-)
+from numpyro_smcopt.population.independent_blocks import independent_blocks
+from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.random_numbers import draw_random_numbers
-from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
+from numpyro_smcopt.samplers.base import Assessed, Sampler
 from numpyro_smcopt.theta_step import StepContext, ThetaStep
 from numpyro_smcopt.types import Array, Theta
 from numpyro_smcopt.weights import conditional_ess, incremental_log_weight, reweight, uniform_log_weights
@@ -111,7 +104,7 @@ class Chains(Sampler):
 
     def check(self, target: Target, theta: Theta, objective: Objective) -> None:
         """See `Sampler.check`."""
-        objective.check(target, theta)
+        del theta, objective
         if not target.sites.latents:
             raise ValueError(
                 "The model has no latent sites, so there is nothing to sample. Declare the samples with "
@@ -119,49 +112,44 @@ class Chains(Sampler):
                 "drift of a diffusion, pass sampler=samplers.EulerMaruyama(...)."
             )
 
-    def begin(self, rng_key: Array, start: Start, objective: Objective, num_particles: int | None, warm: bool) -> Begun:
-        """See `Sampler.begin`."""
-        key_blocks, key_cloud = random.split(rng_key)
-        target, theta = start.target, start.theta
-        likelihood = objective.is_likelihood
+    def find_blocks(self, rng_key: Array, bound: BoundTarget, theta: Theta, objective: Objective) -> Blocks:
+        """See `Sampler.find_blocks`."""
         partition = one_block if objective.whole_particles else self.partition
-        blocks = start_blocks(key_blocks, start, partition, self.init_strategy)
-        mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
-        found = warm_theta(start, blocks) if warm and likelihood else None
-        theta, mode = (theta, mode) if found is None else found
+        return independent_blocks(rng_key, bound, theta, partition, self.init_strategy)
+
+    def first_particles(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        blocks: Blocks,
+        mode: Array,
+        objective: Objective,
+        num_particles: int | None,
+    ) -> tuple[ChainState, Tempered]:
+        """See `Sampler.first_particles`."""
+        likelihood = objective.is_likelihood
+        target, blocks = added_up(target, blocks)
         num = num_particles or budget.default_num_particles(target.work(theta), control_variates=likelihood)
-        first = start.call(("first", num), self._first(num), key_cloud, theta, blocks, mode)
-        particles, num_unfinished, num_stages = first
-        refuse_hopeless(start, particles.points.terms, blocks.sums)
-        warn_of_unfinished(start, blocks, num_unfinished, num_stages)
-        return Begun(theta, particles, blocks)
-
-    def _first(self, num: int) -> Callable:
-        def first(
-            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
-        ) -> tuple[ChainState, Array, Array]:
-            target, blocks = added_up(target, blocks)
-            kernel = self.kernel if self.kernel.invariant else HMC()
-            cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
-            points = cloud.points
-            _, flat, _ = flat_terms(target, theta)
-            evaluations = self.moves_per_update * self.kernel.num_evaluations
-            if budget.carries_scores(num, flat.size, blocks.num_blocks, target.work(theta), evaluations):
-                points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
-            zero = jnp.zeros((), points.x.dtype)
-            known = starts_from_prior(target, self.init_strategy)
-            free = -blocks.sum_free_terms(points.terms[0])
-            particles = ChainState(
-                points=points,
-                log_weights=uniform_log_weights(num, blocks.num_blocks, points.x.dtype),
-                step=first_step(self.kernel, cloud.step, kernel),
-                elapsed=zero,
-                log_evidence_start=jnp.sum(cloud.log_evidence) + free if known else zero,
-                log_evidence_change=zero,
-            )
-            return particles, jnp.sum(cloud.unfinished), cloud.num_stages
-
-        return first
+        kernel = self.kernel if self.kernel.invariant else HMC()
+        cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
+        points = cloud.points
+        _, flat, _ = flat_terms(target, theta)
+        evaluations = self.moves_per_update * self.kernel.num_evaluations
+        if budget.carries_scores(num, flat.size, blocks.num_blocks, target.work(theta), evaluations):
+            points = jax.vmap(evaluator(target, theta, scores=True))(points.x)
+        zero = jnp.zeros((), points.x.dtype)
+        known = starts_from_prior(target, self.init_strategy)
+        free = -blocks.sum_free_terms(points.terms[0])
+        particles = ChainState(
+            points=points,
+            log_weights=uniform_log_weights(num, blocks.num_blocks, points.x.dtype),
+            step=first_step(self.kernel, cloud.step, kernel),
+            elapsed=zero,
+            log_evidence_start=jnp.sum(cloud.log_evidence) + free if known else zero,
+            log_evidence_change=zero,
+        )
+        return particles, cloud._replace(points=points)
 
     def theta_step(self, target: Target, theta: Theta, particles: ChainState, objective: Objective) -> ThetaStep:
         """See `Sampler.theta_step`."""

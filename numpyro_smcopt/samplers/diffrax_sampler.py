@@ -16,15 +16,12 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import lineax
-import numpy as np
-import optax
 from jax import random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_smcopt.blocks import Blocks, one_block
-from numpyro_smcopt.population.start import Start
+from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
+from numpyro_smcopt.samplers.base import Assessed, Sampler
 from numpyro_smcopt.samplers.drifts import (
     DEFAULT_PARTICLES,
     check_drift,
@@ -34,7 +31,6 @@ from numpyro_smcopt.samplers.drifts import (
     rate,
     reference_of,
 )
-from numpyro_smcopt.theta_step import StepContext, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 
 STEPS = 100  # by default
@@ -101,12 +97,19 @@ class DiffraxSampler(Sampler):
         """See `Sampler.check`."""
         check_drift(target, theta, objective, self.initial, "DiffraxSampler")
 
-    def begin(self, rng_key: Array, start: Start, objective: Any, num_particles: int | None, warm: bool) -> Begun:
-        """See `Sampler.begin`."""
-        del objective, warm
-        num = num_particles or DEFAULT_PARTICLES
-        seeds = start.call(("seeds", num), lambda target, key: Seeds(random.split(key, num)), rng_key)
-        return Begun(start.theta, seeds, one_block(None, np.zeros((2, 0)), 0, None))  # type: ignore[arg-type]
+    def first_particles(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        blocks: Blocks,
+        mode: Array,
+        objective: Any,
+        num_particles: int | None,
+    ) -> tuple[Seeds, None]:
+        """See `Sampler.first_particles`."""
+        del target, theta, blocks, mode, objective
+        return Seeds(random.split(rng_key, num_particles or DEFAULT_PARTICLES)), None
 
     def advance(
         self,
@@ -147,31 +150,6 @@ class DiffraxSampler(Sampler):
         drift = drift_of(target)
         solve = lambda key: self._solve(drift, None, theta, key)[0]  # noqa: E731
         return {"y": jax.vmap(solve)(random.split(rng_key, num))}
-
-    def theta_step(self, target: Target, theta: Theta, particles: Seeds, objective: Any) -> ThetaStep:
-        """See `Sampler.theta_step`."""
-        del target, theta, particles, objective
-        return as_theta_step(optax.adam(1e-3))
-
-    def step_context(
-        self, target: Target, theta: Theta, particles: Seeds, blocks: Blocks, num_updates: Array
-    ) -> StepContext:
-        """See `Sampler.step_context`."""
-        del target, particles, blocks, num_updates
-        flat, _ = ravel_pytree(theta)
-        return StepContext(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
-
-    def adopt(
-        self, rng_key: Array, target: Target, theta: Theta, particles: Seeds, blocks: Blocks
-    ) -> tuple[Seeds, bool]:
-        """See `Sampler.adopt`."""
-        del rng_key, target, theta, blocks
-        return particles, False
-
-    def controls(self, particles: Seeds) -> dict[str, Array]:
-        """See `Sampler.controls`."""
-        del particles
-        return {}
 
     def size(self, particles: Seeds) -> int:
         """See `Sampler.size`."""

@@ -18,15 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax, random
 from jax.flatten_util import ravel_pytree
 
-from numpyro_smcopt.blocks import Blocks, one_block
+from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.objectives import Reward
-from numpyro_smcopt.population.start import Start
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.samplers.base import Assessed, Begun, Sampler
+from numpyro_smcopt.samplers.base import Assessed, Sampler
 from numpyro_smcopt.samplers.drifts import (
     DEFAULT_PARTICLES,
     check_drift,
@@ -37,7 +35,6 @@ from numpyro_smcopt.samplers.drifts import (
     reference_of,
 )
 from numpyro_smcopt.samplers.paths import Dynamics, Ends, Grid, backward, checkpointed_backward, simulate
-from numpyro_smcopt.theta_step import StepContext, ThetaStep, as_theta_step
 from numpyro_smcopt.types import Array, Theta
 
 
@@ -162,32 +159,36 @@ class EulerMaruyama(Sampler):
         if density and np.any(np.asarray(self._noise_scales()) <= 0):
             raise ValueError("noise_scale must be positive for PathKL and for the score function: a density is needed.")
 
-    def begin(self, rng_key: Array, start: Start, objective: Any, num_particles: int | None, warm: bool) -> Begun:
-        """See `Sampler.begin`."""
-        del warm
+    def first_particles(
+        self,
+        rng_key: Array,
+        target: Target,
+        theta: Theta,
+        blocks: Blocks,
+        mode: Array,
+        objective: Any,
+        num_particles: int | None,
+    ) -> tuple[Queue, None]:
+        """See `Sampler.first_particles`."""
+        del blocks, mode
         num = num_particles or DEFAULT_PARTICLES
-        queue = start.call(("queue", num), self._fill(objective, num), rng_key, start.theta)
-        return Begun(start.theta, queue, one_block(None, np.zeros((2, 0)), 0, None))  # type: ignore[arg-type]
+        if self.paths is not Paths.STORED:
+            ready = self._fresh(rng_key, num)
+            waiting = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), ready)
+            return Queue(waiting, ready), None
+        # A batch for every place, moved on until it is there; the last one is finished.
+        places = jnp.arange(self.num_batches + 1)
+        batches = jax.vmap(lambda key: self._fresh(key, num))(random.split(rng_key, self.num_batches + 1))
+        dynamics = self._dynamics(target, objective)
 
-    def _fill(self, objective: Any, num: int) -> Callable:
-        def fill(target: Target, rng_key: Array, theta: Theta) -> Queue:
-            if self.paths is not Paths.STORED:
-                ready = self._fresh(rng_key, num)
-                return Queue(jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), ready), ready)
-            # A batch for every place, moved on until it is there; the last one is finished.
-            places = jnp.arange(self.num_batches + 1)
-            batches = jax.vmap(lambda key: self._fresh(key, num))(random.split(rng_key, self.num_batches + 1))
-            dynamics = self._dynamics(target, objective)
+        def move(k: Array, batches: Batch) -> Batch:
+            moved = self._advanced(dynamics, theta, batches, jnp.full_like(places, k))
+            on = lambda old, new: jax.vmap(jnp.where)(places > k, new, old)  # noqa: E731
+            return Batch(batches.key, *jax.tree.map(on, batches[1:], moved[1:]))
 
-            def move(k: Array, batches: Batch) -> Batch:
-                moved = self._advanced(dynamics, theta, batches, jnp.full_like(places, k))
-                on = lambda old, new: jax.vmap(jnp.where)(places > k, new, old)  # noqa: E731
-                return Batch(batches.key, *jax.tree.map(on, batches[1:], moved[1:]))
-
-            batches = lax.fori_loop(0, self.num_batches, move, batches)
-            return Queue(*(jax.tree.map(lambda leaf, part=part: leaf[part], batches) for part in (slice(-1), -1)))
-
-        return fill
+        batches = lax.fori_loop(0, self.num_batches, move, batches)
+        queue = (jax.tree.map(lambda leaf, part=part: leaf[part], batches) for part in (slice(-1), -1))
+        return Queue(*queue), None
 
     def _fresh(self, rng_key: Array, num: int) -> Batch:
         key_start, key_noise = random.split(rng_key)
@@ -272,31 +273,6 @@ class EulerMaruyama(Sampler):
         dynamics = Dynamics(drift_of(target), None, self._grid(batch.y.dtype))
         step = lambda y, here: (dynamics.advance(theta, here, y, batch.key)[0], None)  # noqa: E731
         return {"y": lax.scan(step, batch.y, dynamics.grid)[0]}
-
-    def theta_step(self, target: Target, theta: Theta, particles: Queue, objective: Any) -> ThetaStep:
-        """See `Sampler.theta_step`."""
-        del target, theta, particles, objective
-        return as_theta_step(optax.adam(1e-3))
-
-    def step_context(
-        self, target: Target, theta: Theta, particles: Queue, blocks: Blocks, num_updates: Array
-    ) -> StepContext:
-        """See `Sampler.step_context`."""
-        del target, particles, blocks, num_updates
-        flat, _ = ravel_pytree(theta)
-        return StepContext(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
-
-    def adopt(
-        self, rng_key: Array, target: Target, theta: Theta, particles: Queue, blocks: Blocks
-    ) -> tuple[Queue, bool]:
-        """See `Sampler.adopt`."""
-        del rng_key, target, theta, blocks
-        return particles, False
-
-    def controls(self, particles: Queue) -> dict[str, Array]:
-        """See `Sampler.controls`."""
-        del particles
-        return {}
 
     def size(self, particles: Queue) -> int:
         """See `Sampler.size`."""

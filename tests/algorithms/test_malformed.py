@@ -245,7 +245,7 @@ METHODS = ("update", "evaluate", "get_params", "get_samples", "get_weighted_samp
 @pytest.mark.parametrize("kind", ARGUMENTS)
 def test_states(method, kind):
     optimizer = kind(unknown_spread)
-    own = kind._state_type(*[None] * len(kind._state_type._fields))
+    own = kind.state_type(*[None] * len(kind.state_type._fields))
     call = {
         "summarize": lambda state: optimizer.summarize(KEY, state, Y),
         "run": lambda state: optimizer.run(None, 3, Y, init_state=state),

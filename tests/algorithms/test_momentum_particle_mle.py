@@ -216,8 +216,8 @@ def test_largest_stable_steps_are_where_they_are_said_to_be(scheme):
     @compile_tuned
     @functools.partial(jax.vmap, in_axes=(0, 0))
     def end(step_size, momentum):
-        controls = optimizer._controls(state) | {"step_size": step_size, "momentum": momentum}
-        last = jax.lax.fori_loop(0, 10_000, lambda _, state: optimizer._step(target, state, controls), state)
+        controls = optimizer.controls(state) | {"step_size": step_size, "momentum": momentum}
+        last = jax.lax.fori_loop(0, 10_000, lambda _, state: optimizer.step(target, state, controls), state)
         return jnp.abs(last.theta["theta"] - jnp.mean(jnp.asarray(Y))), last.num_refused
 
     error, refused = end(jnp.asarray(0.95 * limit, jnp.float32), jnp.exp(-jnp.asarray(z, jnp.float32)))
@@ -258,7 +258,7 @@ def diverging():
 def heard(monkeypatch):
     """How long the runs were when they were found to be unstable, and how often the user was told."""
     lengths, told = [], []
-    look = MomentumParticleMLE._early_faults
+    look = MomentumParticleMLE.early_faults
 
     def early_faults(self, state, diagnostics):
         lengths.append(len(diagnostics["loss"]))
@@ -268,7 +268,7 @@ def heard(monkeypatch):
         if "beyond the stability limit" in str(message):
             told.append(lengths[-1])
 
-    monkeypatch.setattr(MomentumParticleMLE, "_early_faults", early_faults)
+    monkeypatch.setattr(MomentumParticleMLE, "early_faults", early_faults)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = showwarning
@@ -315,7 +315,7 @@ def test_a_resumed_run_is_told_once(diverging, heard, monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("numpyro_smcopt.runs.loop.SilentProgress.advance", advance)
+        patch.setattr("numpyro_smcopt.runs.loop.ProgressBar.advance", advance)
         patch.setattr("numpyro_smcopt.runs.loop.CHUNK", 5)
         begin("interrupted", 60)
     assert heard == [50, 30] and sum(advanced) < 50
@@ -368,7 +368,7 @@ def test_damping_is_told():
     @jax.vmap
     def diagnostics(momentum):
         def one(state, _):
-            state = optimizer._step(target, state, optimizer._controls(state) | {"momentum": momentum})
+            state = optimizer.step(target, state, optimizer.controls(state) | {"momentum": momentum})
             return state, state.diagnostics
 
         return jax.lax.scan(one, state, None, length=200)[1]
@@ -618,7 +618,7 @@ def test_schedules_and_handlers_control_the_pace():
     constant = MomentumParticleMLE(quadratic, step_size=0.1, momentum=0.9)
     other = constant.init(random.key(0), Y)
     for k in range(6):
-        np.testing.assert_allclose(scheduled._controls(state)["step_size"], 0.1 if k < 3 else 0.05, rtol=1e-6)
+        np.testing.assert_allclose(scheduled.controls(state)["step_size"], 0.1 if k < 3 else 0.05, rtol=1e-6)
         state, _ = scheduled.update(state, Y)
         controls = {"smcopt/step_size": 0.1 if k < 3 else 0.05, "smcopt/momentum": 0.5}
         with handlers.substitute(data=controls):

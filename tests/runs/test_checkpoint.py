@@ -24,8 +24,8 @@ from models import normal
 from numpyro_smcopt import EarlyStop, SMCOptimizer, Status
 from numpyro_smcopt.handlers import adapt_step_size
 from numpyro_smcopt.kernels import MALA, RandomWalk
-from numpyro_smcopt.runs import running
-from numpyro_smcopt.runs.checkpoint import load, restore, save
+from numpyro_smcopt.runs.run import Driver
+from numpyro_smcopt.runs.tree_file import load, restore, save
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ class FailsToBecomeAnArray:
 WRITER = """
     import os, random, signal, sys, time
     import numpy as np
-    from numpyro_smcopt.runs.checkpoint import load, save
+    from numpyro_smcopt.runs.tree_file import load, save
 
     path, picks = sys.argv[1], random.Random(0)
     trees = [{"x": np.full(200_000, k)} for k in range(2)]
@@ -226,7 +226,7 @@ def test_a_run_can_be_made_longer(tmp_path, uninterrupted):
 class Impatient:
     """A progress bar that the user interrupts."""
 
-    def __init__(self, num_steps, describe, done=0):
+    def __init__(self, num_steps, describe, done=0, shown=True):
         self.left = 120 - done
 
     def advance(self, steps, records):
@@ -254,7 +254,7 @@ def test_an_interrupt_before_the_first_update_is_raised(monkeypatch):
 
     one = optimizer()
     state = one.init(random.key(0), SMALL)
-    monkeypatch.setattr(running, "_program", lambda algorithm: interrupted)
+    monkeypatch.setattr(Driver, "_program", lambda self: interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.run(random.key(0), 10, SMALL, progress_bar=False, init_state=state)
 
@@ -367,7 +367,8 @@ def test_several_runs_that_are_interrupted_come_back_and_can_be_resumed(tmp_path
     one, uninterrupted = together
     with monkeypatch.context() as patch:
         patch.setattr(
-            "numpyro_smcopt.runs.loop.ProgressBar", lambda num, describe, done: Impatient(num, describe, 70 + done)
+            "numpyro_smcopt.runs.loop.ProgressBar",
+            lambda num, describe, done, shown: Impatient(num, describe, 70 + done),
         )
         result = one.run(random.key(0), 90, SMALL, checkpoint=tmp_path / "run", **TOGETHER)
     assert {run.status for run in result.runs.results} == {Status.INTERRUPTED}

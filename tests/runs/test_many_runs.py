@@ -20,8 +20,8 @@ from scipy.optimize import minimize_scalar
 from numpyro_smcopt import EarlyStop, ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
 from numpyro_smcopt.handlers import adapt_step_size
 from numpyro_smcopt.kernels import RandomWalk
-from numpyro_smcopt.runs import many_runs
 from numpyro_smcopt.runs.convergence import r_hat
+from numpyro_smcopt.runs.run_axis import RunAxis
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_states_are_stacked_and_parted_by_one_program_each(stuck, compilations):
     _, result = stuck
     pair = result.runs.states[:2]
     with compilations() as compiled:
-        again = [many_runs.part(many_runs.stack(pair), k) for k in range(2)]
+        again = [RunAxis(2).state_of(k, RunAxis(2).stack(pair)) for k in range(2)]
     assert len(compiled) == 2
     for one, other in zip(pair, again, strict=True):
         close(one, other)
@@ -120,7 +120,7 @@ OBJECTS = {
 @pytest.mark.parametrize("name", ["smc", *OBJECTS])
 def test_each_run_is_what_it_would_be_by_itself(name, stuck, monkeypatch):
     if name == "momentum":  # as on an accelerator
-        monkeypatch.setattr("numpyro_smcopt.runs.many_runs._in_turn", lambda: False)
+        monkeypatch.setattr("numpyro_smcopt.runs.run_axis._in_turn", lambda: False)
     optimizer = stuck[0] if name == "smc" else OBJECTS[name]()
     together = optimizer.run(random.key(1), 4, Y, num_runs=4, progress_bar=False)
     runs = together.runs

@@ -38,16 +38,11 @@ from numpyro_smcopt.kernels.integrators import IntegratorFn, exponential, uncorr
 from numpyro_smcopt.kernels.underdamped import Underdamped, VelocityKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.population import budget
+from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.evaluate import blocks_are_wrong
 from numpyro_smcopt.population.nonfinite import LARGEST_LOSS
-from numpyro_smcopt.population.start import (
-    Start,
-    refuse_hopeless,
-    refuse_loss,
-    start_blocks,
-    warm_theta,
-    warn_of_unfinished,
-)
+from numpyro_smcopt.population.tempering import Tempered
+from numpyro_smcopt.population.warm_start import warm_start
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.results import Status
 from numpyro_smcopt.types import Array, Model, Theta, check_functions, whole_or_none
@@ -63,7 +58,7 @@ UNWEIGHTED = (
 DEFAULT_LEARNING_RATE = 1e-2  # for gradients that a transformation has made of order one
 
 
-class MomentumParticleMLE(ParticleAlgorithm):
+class MomentumParticleMLE(ParticleAlgorithm[MomentumState]):
     """Maximum marginal likelihood by particles with momentum.
 
     The method to choose where theta is large (neural decoders), or where weights would collapse.
@@ -186,25 +181,12 @@ class MomentumParticleMLE(ParticleAlgorithm):
             kernel, self.latent_step_size, self.latent_damping, preconditioning, bias_tolerance or BIAS_TOLERANCE
         )
 
-    _state_type = MomentumState
+    state_type = MomentumState
 
     # -- start --------------------------------------------------------------------------------------------------------
-    def _begin(self, rng_key: Array, start: Start) -> MomentumState:
-        key_blocks, key_first = random.split(rng_key)
-        theta, target = start.theta, start.target
-        mode = np.zeros(target.sites.num_latents, jnp.result_type(float))
-        self._objective(theta).check(target, theta)
-        blocks = start_blocks(key_blocks, start, self.partition, self.init_strategy)
-        warm = warm_theta(start, blocks) if self._knows_units(theta) else None
-        if warm is not None:
-            theta, mode = warm
-        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
-        first = ("first", num_particles), self._first_state(num_particles)
-        state, terms, num_unfinished, num_stages = start.call(*first, key_first, theta, blocks, mode)
-        refuse_hopeless(start, terms)
-        refuse_loss(start, self._objective(theta), state.diagnostics["loss"])
-        warn_of_unfinished(start, blocks, num_unfinished, num_stages)
-        return state
+    def warm_start(self, bound: BoundTarget, theta: Theta, blocks: Blocks) -> tuple[Theta, Any] | None:
+        """See `Algorithm.warm_start`."""
+        return warm_start(bound, theta, blocks) if self._knows_units(theta) else None
 
     def _num_particles_for(self, target: Target, theta: Theta, num_blocks: int) -> int:
         if target.sites.num_latents == 0:
@@ -215,33 +197,24 @@ class MomentumParticleMLE(ParticleAlgorithm):
             target.work(theta), control_variates=self._knows_units(theta), fewest=fewest
         )
 
-    def _first_state(self, num_particles: int) -> Callable:
-        """A program: the first state at ``theta``, energy terms, blocks not at their posterior, stages of tempering."""
-
-        def first(
-            target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
-        ) -> tuple[MomentumState, Array, Array, Array]:
-            key_cloud, key_state = random.split(rng_key)
-            found = self._latents.first(key_cloud, target, theta, blocks, mode, num_particles, self.init_strategy)
-            points, metric, num_unfinished, num_stages = found
-            update = self._update(target, theta, num_particles, blocks.num_blocks)
-            state = update.first(target, key_state, theta, points, metric, blocks)
-            return state, points.terms, num_unfinished, num_stages
-
-        return first
+    def first_state(
+        self, target: Target, rng_key: Array, theta: Theta, blocks: Blocks, mode: Array
+    ) -> tuple[MomentumState, Tempered]:
+        """See `Algorithm.first_state`."""
+        key_cloud, key_state = random.split(rng_key)
+        num_particles = self._num_particles_for(target, theta, blocks.num_blocks)
+        cloud = self._latents.first(key_cloud, target, theta, blocks, mode, num_particles, self.init_strategy)
+        update = self._update(target, theta, num_particles, blocks.num_blocks)
+        return update.first(target, key_state, theta, cloud.points, cloud.step.preconditioner, blocks), cloud
 
     # -- what is chosen -----------------------------------------------------------------------------------------------
     def _knows_units(self, theta: Theta) -> bool:
         """Whether the step of theta is chosen from the information in the particles."""
         automatic = self.step_size is None and self.preconditioner is None
-        likelihood = self.objective is None or self.objective.is_likelihood
-        return automatic and likelihood and _information_is_affordable(theta)
+        return automatic and self.maximises_likelihood and _information_is_affordable(theta)
 
     def _objective(self, theta: Theta) -> Objective:
         return self.objective or MarginalLikelihood(control_variates=self._knows_units(theta))
-
-    def _attached(self) -> Any:
-        return () if self.objective is None else self.objective.arrays
 
     def _update(self, target: Target, theta: Theta, num_particles: int, num_blocks: int) -> MomentumUpdate:
         """The update; of theta only the shapes count."""
@@ -264,15 +237,19 @@ class MomentumParticleMLE(ParticleAlgorithm):
         return MomentumUpdate(self._objective(theta), step, latents, self.simultaneous, self.theta_noise)
 
     # -- update -------------------------------------------------------------------------------------------------------
-    def _controls(self, state: MomentumState) -> dict[str, Array]:
+    def controls(self, state: MomentumState) -> dict[str, Array]:
+        """See `Algorithm.controls`."""
         own, latent = state.motion.pace, state.cloud.pace
         controls = {"step_size": own.step_size, "momentum": own.momentum}
         return controls | {"latent_step_size": latent.step_size, "latent_momentum": latent.momentum}
 
-    def _step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
+    def step(self, target: Target, state: MomentumState, controls: dict[str, Array]) -> MomentumState:
+        """See `momentum.update`."""
         return self._update(target, state.theta, *state.log_weights.shape).step(target, state, controls)
 
-    def _adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
+    # -- new data -----------------------------------------------------------------------------------------------------
+    def adopt(self, target: Target, state: MomentumState, fingerprint: Array) -> MomentumState:
+        """See `Algorithm.adopt`."""
         have, need = state.points.x.shape[1], target.sites.num_latents
         if have != need:
             raise ValueError(
@@ -284,18 +261,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
         cloud = forgotten(state.cloud, state.fingerprint != fingerprint)
         return state._replace(fingerprint=fingerprint, wrong_blocks=wrong, cloud=cloud)
 
-    def evaluate(self, state: MomentumState, *args: Any, **kwargs: Any) -> Array:
-        """The loss in a state under the given data, without changing the state.
-
-        For the marginal likelihood, which these particles do not know, it is the mean energy of the particles.
-        """
-        self._check_state(state)
-        arrays, static = self._bind(args, kwargs)
-
-        def loss(target: Target, state: MomentumState) -> Array:
-            return self._update(target, state.theta, *state.log_weights.shape).loss(target, state)
-
-        return self._program("evaluate", loss)(static, arrays, state)
+    def loss(self, target: Target, state: MomentumState) -> Array:
+        """See `Algorithm.loss`; of the marginal likelihood, which these particles do not know, their mean energy."""
+        return self._update(target, state.theta, *state.log_weights.shape).loss(target, state)
 
     # -- reports ------------------------------------------------------------------------------------------------------
     def get_weighted_samples(self, state: MomentumState, *args: Any, **kwargs: Any) -> tuple[dict[str, Array], Array]:
@@ -311,10 +279,11 @@ class MomentumParticleMLE(ParticleAlgorithm):
         """The damping of the motion of theta in the last half of the run with these diagnostics."""
         return damping_regime(diagnostics["damping"])
 
-    def _early_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> list[str | None]:
+    def early_faults(self, state: MomentumState, diagnostics: dict[str, np.ndarray]) -> list[str | None]:
+        """See `Algorithm.early_faults`."""
         return [self._instability(state, diagnostics)]
 
-    def _instability(self, state: MomentumState, diagnostics: dict[str, Array]) -> str | None:
+    def _instability(self, state: MomentumState, diagnostics: dict[str, np.ndarray]) -> str | None:
         """A given step that diverges in the first updates, with its limit."""
         excess = faults.beyond_stability(diagnostics["stability"])
         if excess is not None:
@@ -326,11 +295,13 @@ class MomentumParticleMLE(ParticleAlgorithm):
         coupled = self.latent_damping is None
         return unstable_argument("latent_", state.cloud.pace, uncorrected, excess, self._latent_time_step, coupled)
 
-    def _known_information(self, state: MomentumState) -> Array | None:
+    def complete_information(self, state: MomentumState) -> Array | None:
+        """See `Algorithm.complete_information`."""
         found = getattr(state.motion.metric, "information", None)
         return None if found is None else found.complete
 
-    def _report_faults(self, state: MomentumState, diagnostics: dict[str, Array]) -> Status:
+    def faults(self, state: MomentumState, diagnostics: dict[str, np.ndarray]) -> tuple[list[str | None], Status]:
+        """See `Algorithm.faults`."""
         num, refused = len(diagnostics["loss"]), int(state.num_refused)
         found = [
             faults.unmoved_theta(refused, int(state.num_updates)),
@@ -341,10 +312,9 @@ class MomentumParticleMLE(ParticleAlgorithm):
         if stable and state.points.x.shape[1] and int(state.num_updates) > SETTLED:
             found.append(faults.biased_latents(float(np.median(diagnostics["latent_bias"][num // 2 :]))))
             found.append(faults.frozen_particles(float(np.mean(diagnostics["acceptance_rate"][num // 2 :]))))
-        faults.warn_of(found)
         lost = np.sum(diagnostics["num_nonfinite"]) > LARGEST_LOSS * num * state.log_weights.size
         diverged = refused > num / 4 or refused > 0 and not stable
-        return Status.NON_FINITE if diverged or lost else Status.FINISHED
+        return found, Status.NON_FINITE if diverged or lost else Status.FINISHED
 
 
 def _information_is_affordable(theta: Theta) -> bool:

@@ -40,8 +40,8 @@ from numpyro_smcopt.kernels.integrators import Integrator, exponential, stabilit
 from numpyro_smcopt.kernels.preconditioners import Preconditioner, Preconditioning
 from numpyro_smcopt.kernels.underdamped import Moved, VelocityKernel
 from numpyro_smcopt.population import tempering
-from numpyro_smcopt.population.evaluate import evaluator
-from numpyro_smcopt.population.start import draw_particles, first_cloud, starts_from_prior
+from numpyro_smcopt.population.first_cloud import first_cloud, prior_cloud
+from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.random_numbers import draw_normals
 from numpyro_smcopt.types import Array, Theta
@@ -131,26 +131,22 @@ class LatentStep:
         mode: Array,
         num_particles: int,
         init_strategy: Callable | None,
-    ) -> tuple[Point, Preconditioner, Array, Array]:
-        """The first particles, their metric, blocks that are not at their posterior, and stages of tempering.
-
-        See `first_cloud` for the arguments.
-        """
-        plain, metric = self.preconditioning == preconditioners.none, tempering.identity_like(mode, None)
+    ) -> Tempered:
+        """The first particles, and their metric; see `first_cloud` for the arguments."""
+        plain = self.preconditioning == preconditioners.none
         if self.step_size is None:
             # At the posterior from the first update on, with a metric that is known to fit.
             kernel = HMC(preconditioning=self.preconditioning)
-            found = first_cloud(
+            cloud = first_cloud(
                 rng_key, target, theta, blocks, mode, kernel, num_particles, init_strategy=init_strategy
             )
-            metric = metric if plain else found.step.preconditioner
-            return found.points, metric, jnp.sum(found.unfinished), found.num_stages
-        # As published: from the prior.
-        draw = draw_particles(num_particles, starts_from_prior(target, init_strategy), init_strategy)
-        points = jax.vmap(evaluator(target, theta))(draw(target, rng_key, theta))
-        metric = metric if plain else tempering.rescaled(metric, points.x, blocks)
-        nothing = jnp.zeros((), jnp.int32)
-        return points, metric, nothing, nothing
+            metric = tempering.identity_like(mode, None) if plain else cloud.step.preconditioner
+        else:
+            # As published: from the prior.
+            cloud = prior_cloud(rng_key, target, theta, blocks, num_particles, init_strategy)
+            metric = tempering.identity_like(mode, None)
+            metric = metric if plain else tempering.rescaled(metric, cloud.points.x, blocks)
+        return cloud._replace(step=cloud.step._replace(preconditioner=metric))
 
     def init(self, velocity: Array, metric: Preconditioner, points: Point, blocks: Blocks) -> CloudState:
         """The state at the start, from normal velocities [N, D] and the points [N, ...] that `first` found."""

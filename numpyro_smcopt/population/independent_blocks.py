@@ -1,0 +1,121 @@
+# Copyright Contributors to the numpyro_smcopt project.
+# SPDX-License-Identifier: Apache-2.0
+"""The independent blocks of the latents of a bound target: where dependences are looked for, and what is refused."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_smcopt import faults
+from numpyro_smcopt.block_search import probe_rows
+from numpyro_smcopt.blocks import Blocks, Partition, add_up
+from numpyro_smcopt.population.bound_target import BoundTarget
+from numpyro_smcopt.population.first_cloud import draw_particles
+from numpyro_smcopt.potential import Sites, Target
+from numpyro_smcopt.term_sums import NO_SUMS, Sums
+from numpyro_smcopt.types import Array, Theta
+
+CANDIDATES = 32  # drawn where the origin's neighbourhood has no finite energy
+
+
+def independent_blocks(
+    rng_key: Array, bound: BoundTarget, theta: Theta, partition: Partition, init_strategy: Callable | None = None
+) -> Blocks:
+    """The independent blocks of the latents; warns where the labels of the data seem to begin at one.
+
+    Args:
+        rng_key: Randomness of the points where dependences are looked for.
+        bound: The target.
+        theta: Where.
+        partition: Finds them.
+        init_strategy: See `draw_particles`.
+
+    Raises:
+        ValueError: If no point has a finite energy; the message names the site.
+    """
+    sites = bound.target.sites
+    most = probe_rows(sites.num_latents)
+
+    def probe(rows: np.ndarray, tangents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Always as many rows, so that one compiled program serves all calls.
+        pad = lambda v: np.concatenate([v, np.repeat(v[:1], most - len(v), axis=0)])  # noqa: E731
+        found = bound.call("probe", _probe, theta, pad(rows), pad(tangents))
+        values, slopes = (np.asarray(v)[: len(rows)] for v in found)
+        return values, slopes
+
+    points = _generic_points(rng_key, bound, theta, probe, init_strategy)
+    blocks = partition(probe, points, sites.num_terms, sites.units)
+    faults.warn_of([faults.labels_from_one(_without_first_data(sites, blocks))])
+    return add_up(blocks, sites.term_shapes)
+
+
+def _without_first_data(sites: Sites, blocks: Blocks) -> list[str]:
+    """Latent sites of which the first element reaches no data, and every other element does."""
+    reached = np.unique(np.asarray(blocks.of_term)[~sites.prior_mask])
+    with_data = np.isin(np.asarray(blocks.of_coordinate), reached)
+    found, start = [], 0
+    for name, site in sites.latents.items():
+        size = math.prod(site.shape)
+        if site.plates and site.shape and site.shape[0] > 2:
+            rows = np.asarray(with_data[start : start + size].reshape(site.shape[0], -1).any(1))
+            found += [name] if not rows[0] and rows[1:].all() else []
+        start += size
+    return found
+
+
+def _generic_points(
+    rng_key: Array, bound: BoundTarget, theta: Theta, probe: Callable, init_strategy: Callable | None
+) -> np.ndarray:
+    """[2, D] points with finite energy that are special in no way."""
+    sites = bound.target.sites
+    points = np.random.default_rng(1).uniform(-1, 1, (2, sites.num_latents)).astype(jnp.result_type(float))
+    if np.all(np.isfinite(probe(points, np.zeros_like(points))[0])):
+        return points
+    draw = draw_particles(CANDIDATES, sites.can_draw_prior, init_strategy)
+    drawn = np.asarray(bound.call("candidates", draw, rng_key, theta))
+    pairs = [drawn[k : k + 2] for k in range(0, CANDIDATES, 2)]
+    energies = [probe(pair, np.zeros_like(points))[0] for pair in pairs]
+    energy = np.concatenate(energies)
+    check_energies(bound.target, energy)
+    best = np.argsort(-np.isfinite(energy).sum(1), kind="stable")[:2]
+    return drawn[best]
+
+
+def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:
+    target = dataclasses.replace(target, validate=True)
+    return jax.vmap(lambda x, v: jax.jvp(lambda x: target.terms(theta, x), (x,), (v,)))(rows, tangents)
+
+
+def check_energies(target: Target, terms: Array | np.ndarray, sums: Sums = NO_SUMS) -> None:
+    """Refuse a start at which no particle has a finite energy.
+
+    Args:
+        target: The target.
+        terms: [N, K] energy terms, or [N, F] sums of them.
+        sums: How terms may have been added up.
+
+    Raises:
+        ValueError: The message names the site.
+    """
+    finite = np.isfinite(np.asarray(terms))
+    if np.any(np.all(finite, 1)):
+        return
+    added_up = finite.shape[1] < target.sites.num_terms
+    first, what = 0, "sums of terms" if added_up else "terms"
+    for name, size, _ in target.adding_up(sums if added_up else NO_SUMS).sites.terms:
+        bad = ~finite[:, first : first + size].any(0)
+        first += size
+        if bad.any():
+            raise ValueError(
+                f"Site '{name}' has no finite log density at any starting point: {int(bad.sum())} of its {size} "
+                f"{what} are NaN or infinite for every particle. Look for NaN or impossible values in the data that "
+                "reach it, or start the parameters elsewhere with init_params."
+            )
+    raise ValueError(
+        "The potential is not finite at any starting point. Start the parameters elsewhere with init_params, or pass "
+        "init_strategy=numpyro.infer.init_to_median."
+    )
