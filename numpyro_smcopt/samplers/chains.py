@@ -128,9 +128,9 @@ class Chains(Sampler):
         num_particles: int | None,
     ) -> tuple[ChainState, Tempered]:
         """See `Sampler.first_particles`."""
-        likelihood = objective.is_likelihood
+        work, likelihood = target.work(theta), objective.is_likelihood
+        num = num_particles or budget.default_num_particles(work, control_variates=likelihood)
         target, blocks = added_up(target, blocks)
-        num = num_particles or budget.default_num_particles(target.work(theta), control_variates=likelihood)
         kernel = self.kernel if self.kernel.invariant else HMC()
         cloud = first_cloud(rng_key, target, theta, blocks, mode, kernel, num, init_strategy=self.init_strategy)
         points = cloud.points
