@@ -267,7 +267,7 @@ def test_log_evidence_shifts_exactly_and_chunks_and_bars_change_nothing(monkeypa
         with_bar = run(0.0, bar=True)
         assert "23/23" in capfd.readouterr().err
         monkeypatch.setattr(loop, "CHUNK", 5)
-        del optimizer._programs["run"]
+        del optimizer._programs._kept[("run", True)]
         in_chunks = run(0.0)
         for again in (with_bar, in_chunks):
             jax.tree.map(np.testing.assert_array_equal, plain._replace(state=None), again._replace(state=None))
