@@ -25,6 +25,7 @@ from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer,
 from numpyro_smcopt.kernels import HMC, MALA, ULA, RandomWalk
 from numpyro_smcopt.objectives import EnergyBasedLikelihood, ForwardKL, Reward
 from numpyro_smcopt.potential import fingerprint
+from numpyro_smcopt.runs.update import step_on_data
 from numpyro_smcopt.samplers import Chains, EulerMaruyama, Paths
 
 DRAWS = ("bits", "uniform", "normal", "randint", "categorical", "permutation", "choice", "bernoulli")
@@ -118,16 +119,16 @@ class Recorder:
 
 
 def step_on_new_data(optimizer, state):
-    arrays, static = optimizer._bind((Y + 0.25,), {})
-    controls = optimizer._controls(state)
+    bound = optimizer._bind((Y + 0.25,), {})
+    controls = optimizer.controls(state)
     functions = {name: value for name, value in controls.items() if callable(value)}
     numbers = {name: value for name, value in controls.items() if name not in functions}
 
     def step(state, arrays, numbers):
-        target = optimizer._target(arrays, static)
-        return optimizer._step_on_data(target, state, fingerprint(arrays), {**numbers, **functions})
+        target = optimizer._target(arrays, bound.static)
+        return step_on_data(optimizer, target, state, fingerprint(arrays), {**numbers, **functions})
 
-    return compile_fast(step), (state, arrays, numbers)
+    return compile_fast(step), (state, bound.arrays, numbers)
 
 
 @pytest.mark.parametrize("name", CASES)

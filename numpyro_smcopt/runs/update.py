@@ -41,7 +41,7 @@ def update(algorithm: Algorithm, bound: BoundTarget, state: Any) -> Any:
         numbers = {name: value for name, value in controls.items() if name not in functions}
 
         def step(target: Target, state: Any, arrays: list[Array], numbers: dict[str, Array]) -> Any:
-            return _step_on_data(algorithm, target, state, fingerprint(arrays), {**numbers, **functions})
+            return step_on_data(algorithm, target, state, fingerprint(arrays), {**numbers, **functions})
 
         return bound.call(("update", *functions.items()), step, state, bound.arrays, numbers)
 
@@ -50,9 +50,7 @@ def update(algorithm: Algorithm, bound: BoundTarget, state: Any) -> Any:
     return state
 
 
-def _step_on_data(
-    algorithm: Algorithm, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]
-) -> Any:
+def step_on_data(algorithm: Algorithm, target: Target, state: Any, fingerprint: Array, controls: dict[str, Any]) -> Any:
     """A step after the state has adopted the data, if they are new to it."""
     state = _on_data(algorithm, target, state, fingerprint)
     # Under data that contradict the blocks nothing moves, so that right data may follow.
