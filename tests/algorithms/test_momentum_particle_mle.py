@@ -64,7 +64,7 @@ def run(optimizer, num_steps, *args, seed=0, **options):
 # -- one update, written out -------------------------------------------------------------------------------------------
 def normals_of(state, num_particles):
     """The random numbers that the next update uses."""
-    _, _, key = random.split(state.rng_key, 3)
+    key = random.split(state.rng_key, 5)[2]
     return np.asarray(random.normal(key, (num_particles, 2 * len(Y))))
 
 
