@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be wrong with a run: each fault is a message with its remedy, or None."""
 
-import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from numpyro_smcopt.types import warn_outside
 
 FROZEN_ACCEPTANCE = 0.05
 WORRYING_BIAS = 0.2
@@ -18,13 +18,9 @@ STARVED, FEWEST_TO_STARVE = 2.0, 8  # effective particles, and of how many
 
 def warn_of(found: Iterable[str | None]) -> None:
     """Warn of every fault at the line of the user's call, however deep in the package it was found."""
-    package = __name__.partition(".")[0]
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        level, frame = level + 1, frame.f_back
     for message in found:
         if message is not None:
-            warnings.warn(message, UserWarning, stacklevel=level)
+            warn_outside(message)
 
 
 def unfinished_tempering(num_unfinished: int, num_blocks: int, num_stages: int) -> str | None:

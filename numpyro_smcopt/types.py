@@ -17,6 +17,8 @@ One letter, one meaning, in every docstring:
 model, ``x`` one particle as a flat vector ``[D]``, and the energy is ``U_theta(x) = -log p_theta(x, y)``.
 """
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -115,3 +117,12 @@ def check_functions(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a function, got {value!r}.")
+
+
+def warn_outside(message: str) -> None:
+    """Warn at the line of the user's call, however deep in the package that is noticed."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -7,22 +7,23 @@ svi_view            a cloud in the shape of SVI: model and guide
 observed            observed values, pointwise log likelihood, names of axes
 energy              `Target`: energy terms, prior draws, constrained values
 sites               what one abstract trace tells of a model
+proper_latents      densities that integrate to one for masked latents and unwrapped angles
 checks              what is refused, and why
 tracing             one run of a model under chosen values
 arguments           arrays among the arguments of a model, and the static rest
+conversions         from any container to an array, without loss
 
 No other part of the package traces models.
 """
 
 from numpyro_smcopt.potential.arguments import (
     StaticArguments,
-    as_array,
     fingerprint,
     join_arguments,
     split_arguments,
-    strong,
 )
 from numpyro_smcopt.potential.checks import check_init_params, check_key, check_start
+from numpyro_smcopt.potential.conversions import as_array, strong
 from numpyro_smcopt.potential.energy import Target, flat_terms, make_target
 from numpyro_smcopt.potential.latents_to_params import latents_to_params
 from numpyro_smcopt.potential.observed import axis_names, observed_data, pointwise_log_likelihood

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of a model: arrays are traced, everything else is static."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
+from numpyro_smcopt.potential.conversions import as_array, checked, strong, unusable
 from numpyro_smcopt.types import Array
 
 
@@ -42,69 +44,46 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
         The arrays, and the hashable remainder for `join_arguments`.
 
     Raises:
-        TypeError: If an argument is neither an array nor hashable, or an array with masked elements.
-        ValueError: If a number does not fit into 32 bits, where JAX computes with these.
+        TypeError: If an argument is neither an array nor hashable, or has missing or masked elements.
+        ValueError: If numbers do not fit into 32 bits, see `conversions.as_array`.
     """
+    given = dict(enumerate(args)), kwargs  # the tuple of all arguments is no column
+    for path, column in jax.tree_util.tree_leaves_with_path(given, is_leaf=_is_column):
+        if _is_column(column):
+            checked(column, f"Model argument {_keystr(path)}")
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays: list[Array] = []
     static: list[Any] = []
+    names = functools.cache(lambda: argument_names(args, kwargs))
+    name = lambda k: f"Model argument {names()[k]}"  # noqa: E731
     for k, leaf in enumerate(leaves):
         if isinstance(leaf, np.generic | np.ndarray) and np.ndim(leaf) == 0 and leaf.dtype.kind in "biu":
             leaf = leaf.item()
-        _refuse_silent_loss(leaf, args, kwargs, k)
+        if isinstance(leaf, jax.Array):
+            arrays.append(strong(leaf))
+            leaf = _TRACED
+        elif isinstance(leaf, float | complex) or hasattr(leaf, "__array__") and not isinstance(leaf, str | bytes):
+            arrays.append(as_array(leaf, name(k)))
+            leaf = _TRACED
         try:
-            if isinstance(leaf, bool | int | str | bytes):
-                static.append(leaf)
-            elif isinstance(leaf, float | complex | jax.Array) or hasattr(leaf, "__array__"):
-                with np.errstate(over="raise"):  # of double precision that becomes single
-                    arrays.append(as_array(leaf))
-                static.append(_TRACED)
-            else:
-                hash(leaf)
-                static.append(leaf)
-        except FloatingPointError as error:
-            raise ValueError(
-                f"Model argument {_place(args, kwargs, k)} has numbers that do not fit into single precision. Rescale "
-                "them, or enable double precision (`jax.config.update('jax_enable_x64', True)`)."
-            ) from error
+            hash(leaf)
         except TypeError as error:
-            where = _place(args, kwargs, k)
-            found = getattr(leaf, "dtype", "")
-            raise TypeError(
-                f"Model argument {where} is {f'an array of dtype {found}' if found else f'a {type(leaf).__name__}'}, "
-                "which is neither an array that JAX can hold nor hashable. Pass arrays of numbers, numbers, strings, "
-                "functions or (nested) tuples, lists and dicts of them; encode labels as integers (for instance with "
-                "`numpy.unique(..., return_inverse=True)`)."
-            ) from error
+            raise TypeError(unusable(name(k), f"a {type(leaf).__name__}")) from error
+        static.append(leaf)
     return arrays, StaticArguments(treedef, tuple(static), tuple(map(type, static)))
 
 
-def _refuse_silent_loss(leaf: Any, args: tuple, kwargs: dict, k: int) -> None:
-    """Raise if JAX would drop the mask of an array, or the upper half of its integers."""
-    if not isinstance(leaf, np.ndarray):
-        return
-    if np.ma.is_masked(leaf):
-        raise TypeError(
-            f"Model argument {_place(args, kwargs, k)} is an array with masked elements, and JAX knows no masks. Leave "
-            "the elements out, or pass values and mask as two arrays and use `numpyro.handlers.mask` in the model."
-        )
-    if (
-        leaf.dtype.kind in "iu"
-        and leaf.dtype.itemsize == 8
-        and leaf.size
-        and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype
-    ):
-        limits = np.iinfo(np.int32 if leaf.dtype.kind == "i" else np.uint32)
-        if leaf.max() > limits.max or leaf.min() < limits.min:
-            raise ValueError(
-                f"Model argument {_place(args, kwargs, k)} has integers that do not fit into 32 bits. Pass them as "
-                "floats, or enable double precision (`jax.config.update('jax_enable_x64', True)`)."
-            )
+def _is_column(value: Any) -> bool:
+    """Whether something is a list of numbers, whose elements reach the model one by one."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, int | float) for one in value)
 
 
-def _place(args: tuple, kwargs: dict, k: int) -> str:
-    """The name of the k-th leaf of the arguments."""
-    path = jax.tree_util.tree_flatten_with_path((args, kwargs))[0][k][0]
+def argument_names(args: tuple, kwargs: dict) -> list[str]:
+    """The names of the leaves of the arguments."""
+    return [_keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path((args, kwargs))]
+
+
+def _keystr(path: tuple) -> str:
     return ("args", "kwargs")[path[0].idx] + jax.tree_util.keystr(path[1:])
 
 
@@ -129,16 +108,3 @@ def fingerprint(arrays: Sequence[Array]) -> Array:
             (bits ^ (bits >> 15)) * (jnp.uint32(2) * places + jnp.uint32(2 * k + 1)), dtype=jnp.uint32
         )
     return total
-
-
-def strong(value: Array) -> Array:
-    """Drop the weak type of an array (a weak type costs a second trace); PRNG keys pass unchanged."""
-    if not jax.typeof(value).weak_type:
-        return value
-    return jax.lax.convert_element_type(value, jnp.result_type(value))
-
-
-def as_array(leaf: Any) -> Array:
-    """An array of a strong type."""
-    # To put an array of NumPy on the device compiles nothing, as `jnp.asarray` would.
-    return strong(leaf) if isinstance(leaf, jax.Array) else jax.device_put(np.asarray(leaf))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.types import Params, Theta
+from numpyro_smcopt.potential.conversions import as_array
+from numpyro_smcopt.types import Array, Params, Theta
 
 
 def refuse_unsupported(trace: dict) -> None:
@@ -66,6 +67,14 @@ def refuse_unsupported(trace: dict) -> None:
                     f"Plate '{name}' is subsampled ({subsample} of {size}): {what}. Use the whole plate"
                     + ("." if local else ", or fix the subset with `handlers.substitute(model, data={...: indices})`.")
                 )
+
+    for name in latents:
+        if trace[name]["scaled"]:
+            raise ValueError(
+                f"Latent site '{name}' stands under numpyro.handlers.scale: a power of its density has another "
+                "integral, and a group that occurs n times has n latents of its own. Repeat the group n times, or put "
+                "the scale around the observations only (rows that occur n times and share a latent)."
+            )
 
 
 def check_observed(name: str, site: dict) -> None:
@@ -138,26 +147,34 @@ def check_key(rng_key: Any) -> None:
         raise TypeError(f"rng_key must be a single key such as jax.random.key(0), got {got}.")
 
 
-def check_init_params(names: Sequence[str], init_params: Any) -> None:
+def check_init_params(names: Sequence[str], init_params: Any) -> Params:
     """Refuse names that are no `param` site, and values that are no numbers.
 
     Args:
         names: The param sites of the model.
         init_params: What the user gave.
 
+    Returns:
+        The same as arrays.
+
     Raises:
         TypeError: If ``init_params`` is no dictionary, or a value in it no array of real numbers.
-        ValueError: If a name is unknown.
+        ValueError: If a name is unknown, or a number would be lost, see `conversions.as_array`.
     """
     if not isinstance(init_params, dict):
         raise TypeError(f"init_params must be a dict of constrained values by site, got {type(init_params).__name__}.")
     unknown = sorted(set(init_params) - set(names))
     if unknown:
         raise ValueError(f"init_params names {unknown}, which are no param sites. The param sites are {list(names)}.")
-    for name, value in init_params.items():
-        for leaf in jax.tree.leaves(value):
-            if not _is_real(leaf):
-                raise TypeError(f"init_params['{name}'] is {_kind(leaf)}. Give a constrained value: real numbers.")
+    return jax.tree_util.tree_map_with_path(_constrained_value, init_params)
+
+
+def _constrained_value(path: tuple, leaf: Any) -> Array:
+    name = f"init_params{jax.tree_util.keystr(path)}"
+    value = as_array(leaf, name) if isinstance(leaf, bool | int | float) or hasattr(leaf, "__array__") else leaf
+    if not _is_real(value):
+        raise TypeError(f"{name} is {_kind(leaf)}. Give a constrained value: real numbers.")
+    return value
 
 
 def check_start(start: Params, theta: Theta) -> None:

@@ -18,7 +18,7 @@ from numpyro_smcopt import faults
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.independent_blocks import check_energies
-from numpyro_smcopt.potential import Target, as_array, check_init_params, check_start, fingerprint, strong
+from numpyro_smcopt.potential import Target, check_init_params, check_start, fingerprint, strong
 from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.runs.update import announce_start
 from numpyro_smcopt.types import Array, Params, Theta
@@ -60,8 +60,8 @@ def start(
         ValueError: If the model or a starting value cannot be used; the message names the site.
     """
     init_params = {} if init_params is None else init_params
-    check_init_params(bound.target.sites.params, init_params)
-    read = bound.call("read", _read, rng_key, jax.tree.map(as_array, init_params), bound.arrays)
+    init_params = check_init_params(bound.target.sites.params, init_params)
+    read = bound.call("read", _read, rng_key, init_params, bound.arrays)
     check_start(read.params, read.theta)
     theta, key_first = read.theta, read.key_first
     algorithm.check(bound.target, theta)
@@ -123,7 +123,7 @@ def split_init_params(bound: BoundTarget, rng_key: Array, init_params: Params | 
     """Starting values of each of several runs, from values with or without a leading axis of K, site by site."""
     if num_runs == 1 or not init_params:
         return [init_params] * num_runs
-    check_init_params(bound.target.sites.params, init_params)
+    init_params = check_init_params(bound.target.sites.params, init_params)
     like, _ = bound.eval_shape("theta", Target.initial_params, rng_key, {})
     apart = {name for name, value in init_params.items() if _has_axis(name, value, like[name], num_runs)}
     return [

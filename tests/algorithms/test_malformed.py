@@ -33,7 +33,7 @@ from numpyro_smcopt.runs.compilation import Program
 PACKAGE = numpyro_smcopt.__path__[0]
 Y = np.array([0.5, -1.0, 2.0], np.float32)
 KEY = random.key(0)
-MOST = float(np.finfo(np.float32).max)
+MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 def many(examples):
@@ -123,7 +123,7 @@ junk = st.one_of(
 def test_arguments_that_are_no_arrays(y, n, nothing_compiles):
     message = refusal(lambda: SMCOptimizer(unknown_spread).init(KEY, y, n))
     number = isinstance(y, bool | int | float) or y is None  # None makes a latent of the site
-    number = number and not (isinstance(y, float) and MOST < abs(y) < math.inf)
+    number = number and not (isinstance(y, float) and (MOST < abs(y) < math.inf or 0 < abs(y) < LEAST))
     size = isinstance(n, int) and n > 0
     assert (message is None) == (number and size), message
 
