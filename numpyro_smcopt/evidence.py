@@ -110,12 +110,13 @@ def _start(rng_key: Array, model: Model, args: tuple, kwargs: dict, params: Para
     arrays, static = split_arguments(args, kwargs)
     bound = BoundTarget(_programs_of(model), arrays, static)
     target = bound.target
-    check_init_params(target.sites.params, params)
+    params = check_init_params(target.sites.params, params)
     if missing := [name for name in target.sites.params if name not in params]:
         raise ValueError(
             f"log_evidence needs values of all param sites, but params lacks {missing}. Pass params=result.params of a "
             "fit, or values of your own."
         )
+    target.refuse_wrong_indices()
     params = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf, jnp.result_type(float))), params)
     params, theta = bound.call("read", Target.initial_params, rng_key, params)
     check_start(params, theta)

@@ -9,8 +9,10 @@ as a sum of differences, and so that latents which are independent given ``theta
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -24,7 +26,10 @@ from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
-from numpyro_smcopt.potential.arguments import strong
+from numpyro_smcopt.potential.arguments import argument_names, fingerprint
+from numpyro_smcopt.potential.conversions import strong
+from numpyro_smcopt.potential.indices import check_indices
+from numpyro_smcopt.potential.proper_latents import imputing, kept, proper_latents
 from numpyro_smcopt.potential.sites import Sites, read_sites
 from numpyro_smcopt.potential.tracing import (
     constrained_param,
@@ -124,24 +129,39 @@ class Target:
         return jnp.concatenate([jnp.ravel(piece) for piece in pieces]) if pieces else jnp.zeros(0)
 
     def program(self, theta: Theta) -> Any:
-        """The energy as a jaxpr: leaves of theta and one particle in, terms out."""
+        """The energy as a closed jaxpr: leaves of theta and one particle in, terms out; the data are its constants."""
         leaves, treedef = jax.tree.flatten(theta)
         x = jax.ShapeDtypeStruct((self.sites.num_latents,), jnp.result_type(float))
-        return jax.make_jaxpr(lambda *v: self.terms(jax.tree.unflatten(treedef, v[:-1]), v[-1]))(*leaves, x).jaxpr
+        return jax.make_jaxpr(lambda *v: self.terms(jax.tree.unflatten(treedef, v[:-1]), v[-1]))(*leaves, x)
 
     def work(self, theta: Theta) -> int:
         """Array elements that are computed for the energy of one particle."""
-        return max(1, _elements(self.program(theta)))
+        return max(1, _elements(self.program(theta).jaxpr))
 
     def unreached_params(self) -> list[str]:
         """Param sites on which no energy term depends, found in the program of the energy."""
+        owners, program = self._owned_program
+        inputs = zip(owners, program.jaxpr.invars, strict=False)
+        reached = {owner for owner, variable in inputs if any(_depend_on(variable, program.jaxpr))}
+        return [name for name in self.sites.params if name not in reached]
+
+    def refuse_wrong_indices(self) -> None:
+        """Refuse data that index beyond an axis, see `indices`; nothing is computed.
+
+        Raises:
+            ValueError: The message names the argument, the element, and the site that is indexed.
+        """
+        owners, program = self._owned_program
+        sizes = [math.prod(site.shape) for site in self.sites.latents.values()]
+        leaves = jax.tree.leaves((self.args, self.kwargs))
+        names = dict(zip(map(id, leaves), argument_names(self.args, self.kwargs), strict=True))
+        check_indices(program, names, owners, np.repeat(np.array(list(self.sites.latents), object), sizes))
+
+    @functools.cached_property
+    def _owned_program(self) -> tuple[list[str], Any]:
+        """`program`, and the param site of each leaf of theta."""
         _, theta = jax.eval_shape(lambda key: self.initial_params(key, {}), random.key(0))
-        owners = [name for name in theta for _ in jax.tree.leaves(theta[name])]
-        program = self.program(theta)
-        reached = {
-            owner for owner, variable in zip(owners, program.invars, strict=False) if any(_depend_on(variable, program))
-        }
-        return [name for name in theta if name not in reached]
+        return [name for name in theta for _ in jax.tree.leaves(theta[name])], self.program(theta)
 
     def draw_prior(self, rng_key: Array, theta: Theta) -> Array:
         """One draw [D] of the latents from their prior at ``theta``, on unconstrained space."""
@@ -198,6 +218,28 @@ class Target:
         model = handlers.substitute(self.model, substitute_fn=substitution(theta, latents))
         return trace_model(model, self.args, self.kwargs, random.key(0))
 
+    def beside(self, theta: Theta) -> dict[str, Array]:
+        """Which coordinates of the masked latents stand beside the model: ``{site: [D] bool}``."""
+        trace = self._trace_at(theta)
+        found = {}
+        for name in self.sites.masked:
+            fn, marks = trace[name]["fn"], self.sites.unravel(jnp.zeros(self.sites.num_latents, bool))
+            event = (1,) * self.sites.latents[name].event_dim
+            keep = jnp.broadcast_to(kept(fn), fn.batch_shape).reshape(fn.batch_shape + event)
+            marks[name] = jnp.broadcast_to(~keep, marks[name].shape)
+            found[name] = jnp.concatenate([jnp.ravel(mark) for mark in marks.values()])
+        return found
+
+    def count_observations(self, theta: Theta) -> Array:
+        """[] how many observations the likelihood counts: none where it is masked, n of those that are scaled by n."""
+        total = jnp.zeros(())
+        for name, site in self._trace_at(theta).items():
+            if name in self.sites.observed and name.removesuffix("_prior") not in self.sites.params:
+                shape = jnp.shape(site["fn"].log_prob(site["value"]))
+                scale = 1.0 if site["scale"] is None else site["scale"]
+                total += jnp.sum(jnp.broadcast_to(kept(site["fn"]) * jnp.asarray(scale), shape))
+        return total
+
     def constrain_params(self, theta: Theta) -> Params:
         """``theta`` on the scale of the model."""
         trace = self._trace_at(theta)
@@ -237,7 +279,9 @@ class Target:
         model = handlers.substitute(self.model, substitute_fn=substitution(theta, {}))
 
         def values(rng_key: Array) -> dict[str, Array]:
-            with handlers.block(), handlers.seed(rng_seed=rng_key):
+            # Particles that differ have other draws of what is masked.
+            imputed = imputing(random.fold_in(rng_key, fingerprint([x]))) if self.sites.masked else nullcontext()
+            with handlers.block(), imputed, handlers.seed(rng_seed=rng_key):
                 return constrain_fn(model, self.args, self.kwargs, self.sites.unravel(x), return_deterministic=True)
 
         if not self.sites.enumerated:
@@ -256,7 +300,7 @@ def make_target(model: Model, args: tuple, kwargs: dict, attached: Any = ()) -> 
     Raises:
         ValueError: If the model has a site that cannot be handled; the message names it and says what to do.
     """
-    return Target(model, args, kwargs, read_sites(model, args, kwargs), attached=attached)
+    return Target(proper_latents(model), args, kwargs, read_sites(model, args, kwargs), attached=attached)
 
 
 def flat_terms(target: Target, theta: Theta) -> tuple[Callable[[Array, Array], Array], Array, Callable]:

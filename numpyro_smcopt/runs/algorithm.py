@@ -136,6 +136,7 @@ class Algorithm(abc.ABC, Generic[S]):
                 f"Param site '{unreached[0]}' never reaches the density: no observed or latent site depends on it, "
                 "so it cannot be estimated. Remove it, or use it in a distribution."
             )
+        target.refuse_wrong_indices()
         objective = MarginalLikelihood() if self.objective is None else self.objective
         objective.check(target, theta)
 
