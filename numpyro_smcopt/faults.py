@@ -63,16 +63,6 @@ def lost_particles(num_nonfinite: int) -> str | None:
     return f"The potential was not finite for {num_nonfinite} particles; they lost their weight and the run went on."
 
 
-def labels_from_one(names: list[str]) -> str | None:
-    """The first element of a latent site reaches no data, and every other element does."""
-    if not names:
-        return None
-    return (
-        f"No observation depends on {names[0]}[0], but on every other element of '{names[0]}' some do. Do the labels "
-        "start at 1? Subtract 1: indices count from 0, and JAX takes one beyond the end for the last, in silence."
-    )
-
-
 def frozen_particles(acceptance: float) -> str | None:
     """Hardly any move is accepted."""
     if acceptance >= FROZEN_ACCEPTANCE:

@@ -3,14 +3,12 @@
 """The independent blocks of the latents of a bound target: where dependences are looked for, and what is refused."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_smcopt import faults
 from numpyro_smcopt.block_search import probe_rows
 from numpyro_smcopt.blocks import Blocks, Partition, add_up
 from numpyro_smcopt.population.bound_target import BoundTarget
@@ -25,7 +23,7 @@ CANDIDATES = 32  # drawn where the origin's neighbourhood has no finite energy
 def independent_blocks(
     rng_key: Array, bound: BoundTarget, theta: Theta, partition: Partition, init_strategy: Callable | None = None
 ) -> Blocks:
-    """The independent blocks of the latents; warns where the labels of the data seem to begin at one.
+    """The independent blocks of the latents.
 
     Args:
         rng_key: Randomness of the points where dependences are looked for.
@@ -35,7 +33,7 @@ def independent_blocks(
         init_strategy: See `draw_particles`.
 
     Raises:
-        ValueError: If no point has a finite energy; the message names the site.
+        ValueError: If no point has a finite energy, or a latent has no distribution; the message names the site.
     """
     sites = bound.target.sites
     most = probe_rows(sites.num_latents)
@@ -48,23 +46,52 @@ def independent_blocks(
         return values, slopes
 
     points = _generic_points(rng_key, bound, theta, probe, init_strategy)
+    _refuse_use_of_masked(bound, theta, probe, points)
     blocks = partition(probe, points, sites.num_terms, sites.units)
-    faults.warn_of([faults.labels_from_one(_without_first_data(sites, blocks))])
+    _refuse_unbound(sites, blocks)
     return add_up(blocks, sites.term_shapes)
 
 
-def _without_first_data(sites: Sites, blocks: Blocks) -> list[str]:
-    """Latent sites of which the first element reaches no data, and every other element does."""
-    reached = np.unique(np.asarray(blocks.of_term)[~sites.prior_mask])
-    with_data = np.isin(np.asarray(blocks.of_coordinate), reached)
-    found, start = [], 0
-    for name, site in sites.latents.items():
-        size = math.prod(site.shape)
-        if site.plates and site.shape and site.shape[0] > 2:
-            rows = np.asarray(with_data[start : start + size].reshape(site.shape[0], -1).any(1))
-            found += [name] if not rows[0] and rows[1:].all() else []
-        start += size
-    return found
+def _refuse_use_of_masked(bound: BoundTarget, theta: Theta, probe: Callable, points: np.ndarray) -> None:
+    """Raise if a term depends on an element of a latent that is masked."""
+    sites = bound.target.sites
+    if not sites.masked or sites.enumerated:
+        return
+    for name, beside in bound.call("beside", Target.beside, theta).items():
+        slopes = probe(points, np.asarray(beside) * (1 + np.abs(points)))[1]
+        reacts = np.any((slopes != 0) & np.isfinite(slopes), 0)
+        for term, first, size in _foreign_terms(sites, name):
+            if reacts[first : first + size].any():
+                raise ValueError(
+                    f"Latent site '{name}' is masked where site '{term}' depends on it: without a prior, that element "
+                    "has no distribution to be integrated over. Mask the observations that depend on it as well, or "
+                    "leave out the mask of the latent."
+                )
+
+
+def _refuse_unbound(sites: Sites, blocks: Blocks) -> None:
+    """Raise if nothing depends on an element of a latent whose prior is improper."""
+    of_coordinate, of_term = np.asarray(blocks.of_coordinate), np.asarray(blocks.of_term)
+    for name in sites.flat:
+        own = np.ravel(sites.unravel(jnp.arange(sites.num_latents))[name])
+        foreign = [of_term[first : first + size] for _, first, size in _foreign_terms(sites, name)]
+        unbound = np.flatnonzero(~np.isin(of_coordinate[own], np.concatenate([*foreign, []])))
+        if len(unbound):
+            raise ValueError(
+                f"Latent site '{name}' has an improper prior, and nothing depends on its element {unbound[0]} (counted "
+                f"in unconstrained coordinates; {len(unbound)} of {len(own)} are so): nothing determines it. Give it a "
+                "proper prior, or leave it out of the model."
+            )
+
+
+def _foreign_terms(sites: Sites, name: str) -> list[tuple[str, int, int]]:
+    """Site, first term and number of terms, but for those of the latent ``name`` itself."""
+    first = np.cumsum([0, *(size for _, size, _ in sites.terms)])
+    return [
+        (term, int(start), size)
+        for (term, size, _), start in zip(sites.terms, first, strict=False)
+        if term != name and not term.endswith(f"_{name}_log_det")
+    ]
 
 
 def _generic_points(

@@ -14,6 +14,7 @@ from jax import random
 from numpyro import handlers
 
 from numpyro_smcopt.potential.checks import check_observed, check_param, refuse_unsupported
+from numpyro_smcopt.potential.proper_latents import is_masked, kept, proper_latents
 from numpyro_smcopt.potential.tracing import (
     drawable,
     enumerated_terms,
@@ -45,9 +46,16 @@ class Sites(NamedTuple):
     terms: tuple[tuple[str, int, bool], ...]  # (site, number of terms, whether it belongs to the prior)
     term_shapes: tuple[tuple[int, ...], ...]  # of the terms of each
     enumerated: bool
-    can_draw_prior: bool
+    improper: tuple[str, ...]  # latents whose prior cannot be drawn from
+    flat: tuple[str, ...] = ()  # those whose prior has no density
+    masked: tuple[str, ...] = ()  # latents some elements of which may stand beside the model
     observed: tuple[str, ...] = ()  # sites with observations; factors are none
-    num_observations: int = 0  # batch elements of observed sites
+    num_observations: int | None = 0  # batch elements of observed sites; None where masks or scales decide
+
+    @property
+    def can_draw_prior(self) -> bool:
+        """Whether all latents can be drawn from their prior."""
+        return not self.improper
 
     @property
     def num_latents(self) -> int:
@@ -102,6 +110,7 @@ class Sites(NamedTuple):
 
 def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
     """Trace the model without computing anything and describe its sites."""
+    model = proper_latents(model)
     found: dict[str, Any] = {}
     improper: set[str] = set()
 
@@ -137,12 +146,15 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
     priors = {f"{name}_prior" for name in params}  # of `latents_to_params`
     data = [name for name in observed if name not in priors]
     num_observations = sum(trace[name]["num_observed"] for name in data)
+    weighted = any(trace[name]["weighted"] for name in data)
     if data and not num_observations:
         raise ValueError(
             f"There are no observations: the data of {', '.join(map(repr, data))} are empty. Pass data of at least one "
             "element."
         )
-    sites = Sites(params, latents, (), (), bool(discrete), not improper, observed, num_observations)
+    flat, masked = (tuple(name for name in latents if trace[name][fact]) for fact in ("flat", "masked"))
+    counted = None if weighted else num_observations
+    sites = Sites(params, latents, (), (), bool(discrete), tuple(sorted(improper)), flat, masked, observed, counted)
     found_terms = _read_terms(model, args, kwargs, sites, trace)
     terms = tuple((name, math.prod(shape), prior) for name, shape, prior in found_terms)
     return sites._replace(terms=terms, term_shapes=tuple(shape for _, shape, _ in found_terms))
@@ -197,7 +209,13 @@ def _describe(site: dict) -> dict:
         check_observed(site["name"], site)
         batch = jnp.shape(site["value"])[: jnp.ndim(site["value"]) - len(site["fn"].event_shape)]
         facts["num_observed"] = math.prod(np.broadcast_shapes(batch, site["fn"].batch_shape))
+        facts["weighted"] = kept(site["fn"]) is not True or site["scale"] is not None
     if latent:
+        facts["scaled"] = site["scale"] is not None and not (
+            isinstance(site["scale"], float | int | np.ndarray) and np.all(np.equal(site["scale"], 1))
+        )
+        facts["masked"] = is_masked(site["fn"])
+        facts["flat"] = isinstance(_base(site["fn"]), dist.ImproperUniform)
         facts["delta"] = isinstance(_base(site["fn"]), dist.Delta)
         facts["discrete"] = bool(site["fn"].support.is_discrete)
         facts["can_enumerate"] = facts["discrete"] and bool(site["fn"].has_enumerate_support)

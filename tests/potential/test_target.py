@@ -81,9 +81,9 @@ def mixed(group, y):
 
 def with_mask_scale_factor(y):
     sd = numpyro.param("sd", 1.5, constraint=constraints.positive)
-    with handlers.scale(scale=2.5), numpyro.plate("data", len(y)):
+    with numpyro.plate("data", len(y)):
         x = numpyro.sample("x", dist.Gamma(2.0, sd))
-        with handlers.mask(mask=jnp.asarray(y) > 0):
+        with handlers.scale(scale=2.5), handlers.mask(mask=jnp.asarray(y) > 0):
             numpyro.sample("y", dist.Normal(x, sd), obs=y)
     numpyro.factor("penalty", -jnp.sum(x**2) * sd)
 
@@ -99,12 +99,6 @@ def chain(y):
         return level, None
 
     scan(step, 0.0, jnp.asarray(y))
-
-
-def imputed(y):
-    mean = numpyro.param("mean", 0.5)
-    with numpyro.plate("data", len(y)):
-        numpyro.sample("y", dist.Normal(mean, 1.0), obs=y, obs_mask=jnp.array([True, False, True, True, False, True]))
 
 
 def no_latents(y):
@@ -149,7 +143,6 @@ MODELS = {
     "scope": (handlers.scope(mixed, prefix="inner"), (GROUP, Y)),
     "mask, scale and factor": (with_mask_scale_factor, (Y,)),
     "scan": (chain, (Y,)),
-    "imputation": (imputed, (np.where([0, 1, 0, 0, 1, 0], np.nan, Y),)),
     "no latents": (no_latents, (Y,)),
     "fixed subset": (handlers.substitute(in_subset, data={"data": jnp.array([1, 4])}), (Y,)),
     "latents as params": (latents_to_params(mixed, ["s"]), (GROUP, Y)),
