@@ -11,6 +11,8 @@ import numpy as np
 from numpyro_smcopt.kernels import HMC
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION
+from numpyro_smcopt.population.first_cloud import starts_from_prior
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
 from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.evidence_at import EvidenceAt, Exploration, complete_information
@@ -18,7 +20,14 @@ from numpyro_smcopt.reporting.flat_directions import about_directions
 from numpyro_smcopt.reporting.laplace_fit import laplace_fit
 from numpyro_smcopt.reporting.replicates import Draws
 from numpyro_smcopt.reporting.report import Report
-from numpyro_smcopt.reporting.report_texts import about_curvature, about_draws, about_laplace, about_laplace_fit
+from numpyro_smcopt.reporting.report_texts import (
+    about_contradiction,
+    about_curvature,
+    about_draws,
+    about_laplace,
+    about_laplace_fit,
+    differ,
+)
 from numpyro_smcopt.reporting.standard_errors import ROUNDING, Curvature, curvature_of, mean_and_error, no_curvature
 from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.types import Array, Params
@@ -40,7 +49,21 @@ def summarize(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: A
         if complete is None or not np.any(complete):
             complete = complete_information(rng_key, at.start, state.params, at.cloud, at.blocks)
         at = dataclasses.replace(at, complete=complete, sandwich=sandwich)
-    return build_report(jax.device_get(state.params), at)
+    report = build_report(jax.device_get(state.params), at)
+    return dataclasses.replace(report, warnings=(*report.warnings, *_contradictions(at, state, report.log_evidence)))
+
+
+def _contradictions(at: EvidenceAt, state: Any, log_evidence: float) -> list[str]:
+    """What is to be said if the run and the report do not agree about the log evidence, which both estimate."""
+    running = state.diagnostics.get("log_evidence")
+    if running is None or not starts_from_prior(at.start.target, at.init_strategy):
+        return []
+    running, num_blocks = float(running), state.blocks.num_blocks
+    if not differ(running, log_evidence, num_blocks):
+        return []
+    # That may be because theta itself, of which the run speaks, is not yet where its average is.
+    there = at(at.start.call("constrain", Target.constrain_params, state.theta), False).evidence
+    return about_contradiction(running, there.log_evidence) if differ(running, there.log_evidence, num_blocks) else []
 
 
 def log_evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: Any) -> tuple[float, float]:
@@ -55,6 +78,14 @@ def _evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state
     kernel = own if own is not None and own.invariant else HMC()
     strategy = algorithm.init_strategy
     return EvidenceAt(rng_key, bound.at(state.theta), cloud, state.blocks, kernel, init_strategy=strategy)
+
+
+def _count_observations(start: BoundTarget) -> int:
+    """How many observations the likelihood counts, which masks and weights may decide."""
+    known = start.target.sites.num_observations
+    if known is not None:
+        return known
+    return round(float(start.call("observations", Target.count_observations, start.theta)))
 
 
 def build_report(params: Params, at: EvidenceAt) -> Report:
@@ -90,7 +121,7 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
         log_evidence=evidence.log_evidence,
         log_evidence_std=evidence.log_evidence_std,
         num_parameters=len(theta_names) - curvature.num_singular,
-        num_observations=at.start.target.sites.num_observations,
+        num_observations=_count_observations(at.start),
         samples=evidence.samples,
         log_weights=evidence.log_weights,
         ess=evidence.ess,

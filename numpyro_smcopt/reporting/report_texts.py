@@ -19,6 +19,7 @@ LAPLACE_OFF = 0.1  # nats
 LAPLACE_AWAY = 0.5  # standard errors between our estimate and Laplace's that are worth a warning
 MOVING = 0.1  # standard errors from the maximum, beyond which theta is said to be moving
 NOISY = 0.05  # relative error of a standard error that is worth a warning
+CONTRADICTION, BLOCK_DRIFT = 5.0, 0.1  # nats between a run and a report, and how they grow with the blocks
 
 
 def about_draws(found: LogEvidence) -> list[str]:
@@ -42,6 +43,20 @@ def about_draws(found: LogEvidence) -> list[str]:
     if found.log_evidence_std > NOISY_EVIDENCE:
         warnings.append(f"The log evidence is uncertain by {found.log_evidence_std:.1f} nats.")
     return warnings
+
+
+def differ(running: float, log_evidence: float, num_blocks: int) -> bool:
+    """Whether two estimates of a log evidence contradict each other; one has gathered the errors of a whole run."""
+    return abs(running - log_evidence) > CONTRADICTION * (1 + BLOCK_DRIFT * np.sqrt(num_blocks))
+
+
+def about_contradiction(running: float, log_evidence: float) -> list[str]:
+    """Of a run and a report that contradict each other."""
+    return [
+        f"The run found the log evidence {running:.2f} where these draws find {log_evidence:.2f}: one of the two is "
+        "wrong. Look for a latent whose density does not integrate to one (a distribution or a factor of your own), or "
+        "summarize a longer run."
+    ]
 
 
 def about_laplace(found: LogEvidence) -> list[str]:
