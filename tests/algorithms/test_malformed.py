@@ -118,6 +118,7 @@ junk = st.one_of(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*single precision takes for 0:UserWarning")
 @given(y=junk, n=st.one_of(st.just(3), junk))
 @many(80)
 def test_arguments_that_are_no_arrays(y, n, nothing_compiles):
