@@ -29,7 +29,7 @@ from numpyro.infer.util import constrain_fn
 from numpyro_smcopt.potential.arguments import argument_names, fingerprint
 from numpyro_smcopt.potential.conversions import strong
 from numpyro_smcopt.potential.indices import check_indices
-from numpyro_smcopt.potential.proper_latents import imputing, kept, proper_latents
+from numpyro_smcopt.potential.proper_latents import imputing, kept, kept_batch, proper_latents
 from numpyro_smcopt.potential.sites import Sites, read_sites
 from numpyro_smcopt.potential.tracing import (
     constrained_param,
@@ -182,8 +182,18 @@ class Target:
         # `seed` inside `substitute`: a strategy finds the key of its site in the message.
         model = handlers.substitute(handlers.seed(self.model, rng_key), substitute_fn=value_of)
         trace = trace_model(model, self.args, self.kwargs, rng_key)
-        pieces = [jnp.ravel(unconstrained(trace[name])) for name in self.sites.latents]
-        return jnp.concatenate(pieces) if pieces else jnp.zeros(0)
+        drawn = {name: unconstrained(trace[name]) for name in self.sites.latents}
+        for k, name in enumerate(self.sites.masked):
+            normal = random.normal(random.fold_in(rng_key, k), drawn[name].shape, drawn[name].dtype)
+            drawn[name] = jnp.where(self._is_beside(name, trace[name]["fn"]), normal, drawn[name])
+        return jnp.concatenate([jnp.ravel(v) for v in drawn.values()]) if drawn else jnp.zeros(0)
+
+    def _is_beside(self, name: str, fn: Any) -> Array:
+        """Which elements of a latent, unconstrained, are masked."""
+        shape, keep = self.sites.latents[name].shape, jnp.asarray(kept(fn))
+        if math.prod(keep.shape[keep.ndim - fn.event_dim :]) == 1:  # whole batch elements
+            keep = kept_batch(fn).reshape(fn.batch_shape + (1,) * self.sites.latents[name].event_dim)
+        return jnp.broadcast_to(~keep, shape)
 
     def initial_params(self, rng_key: Array, init_params: Params) -> tuple[Params, Theta]:
         """Values of the param sites, constrained and unconstrained, at the start.
@@ -223,10 +233,8 @@ class Target:
         trace = self._trace_at(theta)
         found = {}
         for name in self.sites.masked:
-            fn, marks = trace[name]["fn"], self.sites.unravel(jnp.zeros(self.sites.num_latents, bool))
-            event = (1,) * self.sites.latents[name].event_dim
-            keep = jnp.broadcast_to(kept(fn), fn.batch_shape).reshape(fn.batch_shape + event)
-            marks[name] = jnp.broadcast_to(~keep, marks[name].shape)
+            marks = self.sites.unravel(jnp.zeros(self.sites.num_latents, bool))
+            marks[name] = self._is_beside(name, trace[name]["fn"])
             found[name] = jnp.concatenate([jnp.ravel(mark) for mark in marks.values()])
         return found
 
@@ -237,7 +245,7 @@ class Target:
             if name in self.sites.observed and name.removesuffix("_prior") not in self.sites.params:
                 shape = jnp.shape(site["fn"].log_prob(site["value"]))
                 scale = 1.0 if site["scale"] is None else site["scale"]
-                total += jnp.sum(jnp.broadcast_to(kept(site["fn"]) * jnp.asarray(scale), shape))
+                total += jnp.sum(jnp.broadcast_to(kept_batch(site["fn"]) * jnp.asarray(scale), shape))
         return total
 
     def constrain_params(self, theta: Theta) -> Params:

@@ -45,7 +45,7 @@ class proper_latents(Messenger):  # noqa: N801 - a handler, named as NumPyro nam
             msg["fn"] = _completed(fn)
         elif name in self._angles and isinstance(inner, dist.Unit):
             whole = jnp.broadcast_to(inner.log_factor, fn.batch_shape) + self._angles[name] * math.log(2 * math.pi)
-            msg["fn"] = dist.Unit(jnp.where(kept(fn), whole, 0.0))
+            msg["fn"] = dist.Unit(jnp.where(kept_batch(fn), whole, 0.0))
         elif name.endswith("_log_det") and isinstance(inner, dist.Unit) and kept(fn) is not True:
             msg["fn"] = dist.Unit(jnp.broadcast_to(inner.log_factor, fn.batch_shape))  # `Completed` counts on all of it
 
@@ -65,9 +65,8 @@ class imputing(Messenger):  # noqa: N801 - a handler, named as NumPyro names the
         """Replace the masked elements of a latent's value."""
         if msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is not None and is_masked(msg["fn"]):
             self._num += 1
-            drawn = _behind(msg["fn"]).sample(random.fold_in(self.rng_key, self._num))
-            keep = _over_event(kept(msg["fn"]), msg["fn"])
-            msg["value"] = jnp.where(keep, msg["value"], drawn)
+            drawn = msg["fn"].sample(random.fold_in(self.rng_key, self._num))
+            msg["value"] = jnp.where(kept(msg["fn"]), msg["value"], drawn)
 
 
 class Completed(dist.Distribution):
@@ -95,15 +94,8 @@ class Completed(dist.Distribution):
         return self.base_dist.enumerate_support(expand=expand)
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draw."""
-        key_base, key_other = random.split(key)
-        drawn = self.base_dist.sample(key_base, sample_shape)
-        if self.support.is_discrete:
-            return drawn
-        center = biject_to(self.support)
-        shape = center.inverse_shape(self.shape(sample_shape))
-        other = center(random.normal(key_other, shape, jnp.result_type(float)))
-        return jnp.where(_over_event(self._mask, self), drawn, other)
+        """Draw from the distribution behind the mask, as what is reported; `Target.draw_prior` knows better."""
+        return self.base_dist.sample(key, sample_shape)
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """The log density of the distribution behind the mask, or of the one that stands for it."""
@@ -111,7 +103,7 @@ class Completed(dist.Distribution):
         if self.support.is_discrete:
             num = self.base_dist.enumerate_support(expand=False).shape[0]
             return jnp.where(self._mask, self.base_dist.log_prob(value), -math.log(num))
-        mask, center = _over_event(self._mask, self), biject_to(self.support)
+        mask, center = jnp.reshape(self._mask, self._mask.shape + (1,) * self.event_dim), biject_to(self.support)
         middle = center(jnp.zeros(center.inverse_shape(jnp.shape(value)), jnp.result_type(value)))
         # Neither branch is evaluated where the other counts: its derivative might be NaN there.
         inside = self.base_dist.log_prob(jnp.where(mask, value, middle))
@@ -151,14 +143,18 @@ def is_masked(fn: dist.Distribution) -> bool:
 
 
 def kept(fn: dist.Distribution) -> Any:
-    """Which batch elements of a distribution count, as an array that broadcasts to its batch shape; True if all."""
+    """Which elements of a value are not masked, as an array with all of its axes that broadcasts to it; True if all."""
     if isinstance(fn, dist.MaskedDistribution | Completed):
-        return fn._mask & kept(fn.base_dist)
-    if isinstance(fn, dist.Independent):
-        inner = kept(fn.base_dist)
-        wide = jnp.broadcast_to(inner, fn.base_dist.batch_shape)
-        return inner if isinstance(inner, bool) else wide.any(tuple(range(-fn.reinterpreted_batch_ndims, 0)))
-    return kept(fn.base_dist) if isinstance(fn, dist.ExpandedDistribution) else True
+        mask = jnp.asarray(fn._mask)
+        return jnp.reshape(mask, mask.shape + (1,) * fn.event_dim) & kept(fn.base_dist)
+    return kept(fn.base_dist) if isinstance(fn, dist.ExpandedDistribution | dist.Independent) else True
+
+
+def kept_batch(fn: dist.Distribution) -> Any:
+    """[batch shape] which batch elements are not masked altogether."""
+    keep = jnp.asarray(kept(fn))
+    keep = keep.any(tuple(range(keep.ndim - fn.event_dim, keep.ndim))) if keep.ndim else keep
+    return jnp.broadcast_to(keep, fn.batch_shape)
 
 
 def _completed(fn: dist.Distribution) -> dist.Distribution:
@@ -179,21 +175,6 @@ def _completed(fn: dist.Distribution) -> dist.Distribution:
         if isinstance(fn, dist.ExpandedDistribution)
         else inner.to_event(fn.reinterpreted_batch_ndims)
     )
-
-
-def _behind(fn: dist.Distribution) -> dist.Distribution:
-    """The distribution behind the masks of a latent."""
-    if isinstance(fn, Completed):
-        return _behind(fn.base_dist)
-    if isinstance(fn, dist.ExpandedDistribution):
-        return _behind(fn.base_dist).expand(fn.batch_shape)
-    return _behind(fn.base_dist).to_event(fn.reinterpreted_batch_ndims) if isinstance(fn, dist.Independent) else fn
-
-
-def _over_event(mask: Any, fn: dist.Distribution) -> Array:
-    """A mask of batch elements for values."""
-    mask = jnp.asarray(mask)
-    return jnp.reshape(mask, mask.shape + (1,) * len(fn.event_shape))
 
 
 def _innermost(fn: dist.Distribution) -> dist.Distribution:

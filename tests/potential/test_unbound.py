@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import random
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer.reparam import CircularReparam
 from scipy import special, stats
@@ -117,7 +118,7 @@ def test_padding_of_ragged_groups():
         dist.LogNormal(0.0, 1.0).expand([4, 2]).to_event(1),
         dist.VonMises(1.0, 2.0).expand([4]),
     ],
-    ids=lambda fn: type(fn).__name__,
+    ids=["gamma", "beta", "normals", "dirichlet", "log-normals", "angle"],
 )
 def test_masked_elements_of_any_support_are_standard_normal(fn):
     mask = np.array([True, False, True, False])
@@ -144,6 +145,43 @@ def test_masked_elements_of_any_support_are_standard_normal(fn):
     pairs = [(np.ravel(shown[:, 0]), np.ravel(shown[:, 1])), (np.ravel(shown[:, 2]), np.ravel(shown[:, 3]))]
     for bound, behind in pairs:
         assert stats.ks_2samp(bound, behind).pvalue > 1e-3
+
+
+def test_elements_of_a_vector_are_masked_one_by_one():
+    def model(y, used):
+        mean = numpyro.param("mean", 0.5)
+        b = numpyro.sample("b", dist.LogNormal(mean, 1.0).expand([3]).mask(used).to_event(1))
+        numpyro.sample("y", dist.Normal(jnp.log(b), 1.0).mask(used).to_event(1), obs=y)
+
+    used = np.array([True, False, True])
+    exact = stats.norm(0.5, np.sqrt(2)).logpdf(Y[:3][used]).sum()
+    agrees(model, exact, Y[:3], used, params={"mean": 0.5})
+
+
+@pytest.mark.parametrize("level", ["real", "positive"])
+def test_series_of_unequal_length(level):
+    """A random walk, or its exponential, of two series, of which the second ends early."""
+
+    def model(y, inside):
+        sd = numpyro.param("sd", 1.0, constraint=constraints.positive)
+
+        def step(before, now):
+            y, inside = now
+            with numpyro.plate("series", 2), handlers.mask(mask=inside):
+                fn = dist.Normal(before, sd) if level == "real" else dist.LogNormal(before, sd)
+                drawn = numpyro.sample("level", fn)
+                height = drawn if level == "real" else jnp.log(drawn)
+                numpyro.sample("y", dist.Normal(height, 0.5), obs=y)
+            return jnp.where(inside, height, before), None
+
+        scan(step, jnp.zeros(2), (y, inside))
+
+    y, inside = Y[:6].reshape(3, 2), np.array([[True, True], [True, False], [True, False]])
+    times = np.arange(1, 4)
+    covariance = 0.8**2 * np.minimum(times[:, None], times) + 0.5**2 * np.eye(3)
+    exact = stats.multivariate_normal(np.zeros(3), covariance).logpdf(y[:, 0])
+    exact += stats.norm(0, np.hypot(0.8, 0.5)).logpdf(y[0, 1])
+    agrees(model, exact, y, inside, params={"sd": 0.8})
 
 
 def test_a_group_that_is_left_out_by_its_mask():
