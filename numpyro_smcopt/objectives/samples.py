@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from numpyro_smcopt.potential import Target, strong
+from numpyro_smcopt.potential import Target, as_array
 from numpyro_smcopt.types import Array, Theta
 
 
@@ -42,7 +42,9 @@ def as_arrays(given: Any, argument: str) -> Any:
     bad = sum(int(np.sum(~np.isfinite(array))) for array in arrays if array.dtype.kind == "f")
     if bad:
         raise ValueError(f"{argument} holds {bad} numbers that are NaN or infinite. Remove these samples.")
-    return jax.tree.map(lambda leaf: strong(jnp.asarray(leaf)), given)
+    if not isinstance(given, dict):
+        return as_array(given, argument)
+    return {name: as_array(leaf, f"{argument}['{name}']") for name, leaf in given.items()}
 
 
 def by_site(target: Target, theta: Theta, samples: Any, argument: str) -> dict[str, Array]:

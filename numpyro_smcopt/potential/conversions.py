@@ -54,9 +54,14 @@ def checked(value: Any, name: str) -> np.ndarray:
         )
     if (nulls := _nulls(value)).any():
         raise TypeError(_missing(name, _place(nulls)))
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:  # a data set, an array of sets
+        raise TypeError(unusable(name, f"a {type(value).__name__}")) from error
     if array.dtype.kind == "O":
         array = _of_objects(array, name)
+    if array.dtype in (np.longdouble, np.clongdouble):
+        array = array.astype(np.float64 if array.dtype.kind == "f" else np.complex128)
     narrow = jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "iufc" else array.dtype
     if narrow == array.dtype and (array.dtype.kind in "biufc" or jax.dtypes.issubdtype(narrow, np.inexact)):
         return array

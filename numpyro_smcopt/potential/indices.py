@@ -193,6 +193,8 @@ def _outputs(equation: Any, name: str, given: list[Followed], data: dict[int, st
         _follow(inner.jaxpr, consts, [*given[: params["num_consts"]], *carried, *stepped], data, found)
     if name == "gather":
         _look_at(equation, given[0], given[1], _lengths(equation), found)
+    if name.startswith("scatter") and given[1].beyond:  # what is beyond the end is left out, as JAX says
+        _look_at(equation, given[0], given[1], np.zeros(1), found)
     if name == "dynamic_slice":
         lengths = np.subtract(equation.invars[0].aval.shape, params["slice_sizes"]) + 1
         for index, length in zip(given[1:], lengths, strict=True):
@@ -279,9 +281,12 @@ def _beyond(variable: Any, bad: np.ndarray, index: Followed, length: int) -> Bey
 
 def _look_at(equation: Any, operand: Followed, index: Followed, lengths: np.ndarray, found: list) -> None:
     """Note the indices of one equation that point beyond an axis."""
-    # What is sliced is clipped; if there are many slices, that has a mode, which else says that a user wants it.
+    # What is sliced is clipped; if there are many slices, that has a mode, which else says that a user wants it. Beyond
+    # the end `jnp.take` finds NaN.
+    mode, fill = str(equation.params.get("mode", "PROMISE")), equation.params.get("fill_value")
     dimensions = equation.params.get("dimension_numbers")
-    asked = "PROMISE" not in str(equation.params.get("mode", "PROMISE")) and bool(dimensions.collapsed_slice_dims)
+    slices = equation.primitive.name == "gather" and not dimensions.collapsed_slice_dims
+    asked = "CLIP" in mode and not slices or "FILL" in mode and fill == fill
     if index.value is None or not lengths.size:
         return
     if index.beyond is None:  # not made to count from the end: unsigned, or by a function of JAX

@@ -166,6 +166,17 @@ def test_categories():
     assert np.array_equal(codes, [0, 1, 0])
 
 
+def test_containers_of_several_arrays():
+    xarray = pytest.importorskip("xarray")
+    with pytest.raises(TypeError, match=r"args\[0\] is a Dataset"):
+        enter(xarray.Dataset({"y": ("rows", [1.0, 2.0])}))
+
+
+def test_extended_precision():
+    (array,) = enter(np.array([0.5, 2.0], np.longdouble))
+    assert array.dtype == np.float32 and np.array_equal(array, [0.5, 2.0])
+
+
 def test_dates():
     with pytest.raises(TypeError, match="datetime64.*times as numbers since the first"):
         enter(np.array(["2020-01-01", "2020-01-02"], "M8[D]"))

@@ -42,6 +42,7 @@ def observe(mean, y):
 
 WAYS = {
     "index": lambda b, group, y: observe(b[group], y),
+    "take": lambda b, group, y: observe(jnp.take(b, group), y),
     "at": lambda b, group, y: observe(b.at[group].get(), y),
     "vmap": lambda b, group, y: observe(jax.vmap(lambda k: b[k])(group), y),
     "matrix": lambda b, group, y: observe(jnp.stack([b, b], 1)[group, 1], y),
@@ -118,6 +119,20 @@ def test_two_levels_of_labels():
         check(model, np.array([0, 0, 2]), GROUP, Y)
     with pytest.raises(ValueError, match=r"args\[1\], element 0, holds -3, .*'c' of length 3"):
         check(model, np.array([0, 0, 1]), np.array([-3, 0, 1, 1, 2, 2]), Y)
+
+
+def test_sums_by_label():
+    def model(group, y):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("rows", 6):
+            x = numpyro.sample("x", dist.Normal(mean, 1.0))
+        with numpyro.plate("groups", 3):
+            observe(jnp.zeros(3).at[group].add(x), y[:3])
+
+    check(model, GROUP, Y)
+    check(model, np.array([0, 0, 1, 1, 2, 3]), Y)  # JAX leaves it out, and says so
+    with pytest.raises(ValueError, match=r"args\[0\], element 5, holds -1, .*length 3"):
+        check(model, np.array([0, 0, 1, 1, 2, -1]), Y)
 
 
 def test_a_table_of_parameters():
