@@ -47,7 +47,8 @@ class proper_latents(Messenger):  # noqa: N801 - a handler, named as NumPyro nam
             whole = jnp.broadcast_to(inner.log_factor, fn.batch_shape) + self._angles[name] * math.log(2 * math.pi)
             msg["fn"] = dist.Unit(jnp.where(kept_batch(fn), whole, 0.0))
         elif name.endswith("_log_det") and isinstance(inner, dist.Unit) and kept(fn) is not True:
-            msg["fn"] = dist.Unit(jnp.broadcast_to(inner.log_factor, fn.batch_shape))  # `Completed` counts on all of it
+            shape = jnp.broadcast_shapes(jnp.shape(inner.log_factor), fn.batch_shape)
+            msg["fn"] = dist.Unit(jnp.broadcast_to(inner.log_factor, shape))  # `Completed` counts on all of it
 
 
 class imputing(Messenger):  # noqa: N801 - a handler, named as NumPyro names them
