@@ -14,8 +14,8 @@ For every model, in a process of its own that is pinned to one core, so that sec
     cached       the first `run` in a new process, with JAX's persistent compilation cache warm
 
 and, with `--programs`, seconds of tracing, lowering and compiling of every program. FILE is a Python file with a
-dictionary ``PROBLEMS`` of objects that have a ``model`` and a method ``load() -> dict`` of its keyword arguments; without
-it three larger models with simulated data are timed.
+dictionary ``PROBLEMS`` of objects that have a ``model`` and a method ``load() -> dict`` of its keyword arguments.
+Without it three larger models with simulated data are timed.
 """
 
 import argparse

@@ -4,11 +4,11 @@
 
     python benchmarks/peers/mixed_models.py
 
-R and its packages are used where they are installed (on Debian: r-cran-lme4, r-cran-glmmtmb); without R only this package
-is run. lme4 integrates the two generalised models by adaptive quadrature with 25 nodes, and leaves constants out of their
-log likelihoods; glmmTMB approximates by Laplace. "off" is the largest difference from this package's estimate, in its
-standard errors. Seconds of this package are those of a new process each, start of Python and imports aside, compilation
-included; those of R are of the call of the fit, in a process that has its packages loaded.
+R and its packages are used where they are installed (on Debian: r-cran-lme4, r-cran-glmmtmb); without R only this
+package is run. lme4 integrates the two generalised models by adaptive quadrature with 25 nodes, and leaves constants
+out of their log likelihoods; glmmTMB approximates by Laplace. "off" is the largest difference from this package's
+estimate, in its standard errors. Seconds of this package are those of a new process each, start of Python and imports
+aside, compilation included; those of R are of the call of the fit, in a process that has its packages loaded.
 """
 
 import argparse

@@ -43,7 +43,7 @@ from numpyro_smcopt.potential.tracing import (
     unconstrained,
 )
 from numpyro_smcopt.term_sums import NO_SUMS, Sums
-from numpyro_smcopt.traces import traced_once
+from numpyro_smcopt.traces import num_elements, traced_once
 from numpyro_smcopt.types import Array, Model, Params, Theta
 
 
@@ -136,7 +136,7 @@ class Target:
 
     def work(self, theta: Theta) -> int:
         """Array elements that are computed for the energy of one particle."""
-        return max(1, _elements(self.program(theta).jaxpr))
+        return max(1, num_elements(self.program(theta).jaxpr))
 
     def unreached_params(self) -> list[str]:
         """Param sites on which no energy term depends, found in the program of the energy."""
@@ -324,22 +324,6 @@ def _depend_on(variable: Any, program: Any) -> list[bool]:
         if any(not hasattr(v, "val") and v in touched for v in equation.invars):
             touched.update(equation.outvars)
     return [not hasattr(v, "val") and v in touched for v in program.outvars]
-
-
-def _elements(program: Any) -> int:
-    """How many array elements a program computes on the way to its results."""
-    total, needed = 0, set(map(id, program.outvars))
-    for equation in reversed(program.eqns):
-        if needed.isdisjoint(map(id, equation.outvars)):
-            continue  # the value with which a param site is declared, say
-        needed.update(map(id, equation.invars))
-        inner = [
-            v for v in jax.tree.leaves(list(equation.params.values())) if hasattr(v, "jaxpr") or hasattr(v, "eqns")
-        ]
-        repeats = equation.params.get("length", 1)
-        total += repeats * sum(_elements(getattr(v, "jaxpr", v)) for v in inner)
-        total += sum(math.prod(v.aval.shape) for v in equation.outvars if not inner)
-    return total
 
 
 def _floating(leaf: Any) -> Array:

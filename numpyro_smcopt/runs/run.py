@@ -92,7 +92,7 @@ class Driver:
 
         # A program traced under a handler of the user is thrown away: caches do not look at the handler stack.
         name = "run", self.settings.num_runs == 1
-        return self.bound.programs(name, advance, keep=not effects.handlers_are_active())
+        return self.bound.programs(name, advance, keep=not effects.handlers_are_active(), often=True)
 
     def _arguments(self, state: Any, num: Any) -> tuple:
         return self.bound.static, self.bound.arrays, state.blocks, state._replace(blocks=None), num
