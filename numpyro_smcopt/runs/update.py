@@ -71,7 +71,7 @@ def adopt(algorithm: Algorithm, bound: BoundTarget, state: Any) -> Any:
     """A state to go on from, under the data.
 
     Raises:
-        ValueError: If the data contradict its partition.
+        ValueError: If the data contradict its partition, or index beyond an axis.
     """
     algorithm._check_state(state, "init_state")
     on_data = lambda target, state, arrays: _on_data(algorithm, target, state, fingerprint(arrays))  # noqa: E731
@@ -79,6 +79,8 @@ def adopt(algorithm: Algorithm, bound: BoundTarget, state: Any) -> Any:
     check_blocks(adopted)
     anew = getattr(getattr(adopted, "theta_state", None), "anew", None)
     other_data = np.any(np.asarray(adopted.fingerprint) != np.asarray(state.fingerprint))
+    if other_data:
+        bound.target.refuse_wrong_indices()
     return adopted if anew is None or not other_data else adopted._replace(theta_state=anew())
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from jax import random
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
+from numpyro_smcopt import SMCOptimizer
 from numpyro_smcopt.potential import join_arguments, make_target, split_arguments
 
 Y = np.array([0.5, -1.0, 2.0, 0.1, 0.4, -0.2], np.float32)
@@ -204,6 +206,13 @@ def test_labels_along_a_scan_are_told():
     check(model, GROUP, Y)
     with pytest.warns(UserWarning, match=r"args\[0\], element 3, holds -1, .*'b' of length 3.*In a scan"):
         check(model, np.array([0, 0, 1, -1, 2, 2]), Y)
+
+
+def test_other_data_for_a_state():
+    optimizer = SMCOptimizer(effects(WAYS["index"]))
+    state = optimizer.init(random.key(0), GROUP, Y)
+    with pytest.raises(ValueError, match=r"args\[0\], element 5, holds 3"):
+        optimizer.run(random.key(0), 3, np.array([0, 0, 1, 1, 2, 3]), Y, init_state=state, progress_bar=False)
 
 
 def test_arrays_of_any_size_are_followed_at_no_cost_below_jit():

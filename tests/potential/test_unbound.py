@@ -334,3 +334,30 @@ def test_effects_that_sum_to_zero():
     exact = stats.multivariate_normal(np.zeros(4), covariance).logpdf(Y[:4])
     found = agrees(model, exact, Y[:4], params={"sd": 1.3})
     assert np.all(abs(np.sum(found.samples["b"], -1)) < 1e-4)
+
+
+# -- a density that is none ----------------------------------------------------------------------------------------
+class Heavier(dist.Normal):
+    """A normal distribution that integrates to exp(2)."""
+
+    def log_prob(self, value):
+        """Two nats too many."""
+        return super().log_prob(value) + 2.0
+
+
+@pytest.mark.parametrize("kind", [dist.Normal, Heavier])
+def test_a_run_and_a_report_that_contradict_each_other(kind):
+    def model(y):
+        mean = numpyro.param("mean", 0.0)
+        with numpyro.plate("groups", 6):
+            b = numpyro.sample("b", kind(mean, 1.0))
+            numpyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    optimizer = SMCOptimizer(model)
+    result = optimizer.run(random.key(0), 50, Y[:6], progress_bar=False)
+    report = optimizer.summarize(random.key(1), result.state, Y[:6])
+    exact = stats.norm(result.params["mean"], np.sqrt(2)).logpdf(Y[:6]).sum()
+    if kind is dist.Normal:
+        assert abs(report.log_evidence - exact) < 1e-3 and not report.warnings
+    else:
+        assert any(f"The run found the log evidence {exact:.1f}" in told for told in report.warnings), report.warnings
