@@ -47,10 +47,8 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
         TypeError: If an argument is neither an array nor hashable, or has missing or masked elements.
         ValueError: If numbers do not fit into 32 bits, see `conversions.as_array`.
     """
-    given = dict(enumerate(args)), kwargs  # the tuple of all arguments is no column
-    for path, column in jax.tree_util.tree_leaves_with_path(given, is_leaf=_is_column):
-        if _is_column(column):
-            checked(column, f"Model argument {_keystr(path)}")
+    for place, column in columns(args, kwargs):
+        checked(column, f"Model argument {place}")
     leaves, treedef = jax.tree.flatten((args, kwargs))
     arrays: list[Array] = []
     static: list[Any] = []
@@ -71,6 +69,13 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[list[Array], StaticArgum
             raise TypeError(unusable(name(k), f"a {type(leaf).__name__}")) from error
         static.append(leaf)
     return arrays, StaticArguments(treedef, tuple(static), tuple(map(type, static)))
+
+
+def columns(args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
+    """Lists of numbers among the arguments, and their names."""
+    given = dict(enumerate(args)), kwargs  # the tuple of all arguments is no column
+    leaves = jax.tree_util.tree_leaves_with_path(given, is_leaf=_is_column)
+    return [(_keystr(path), leaf) for path, leaf in leaves if _is_column(leaf)]
 
 
 def _is_column(value: Any) -> bool:

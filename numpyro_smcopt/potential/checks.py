@@ -38,6 +38,7 @@ def refuse_unsupported(trace: dict) -> None:
                 f"Latent site '{name}' is discrete and its distribution has no enumerate support. Sum it out in the "
                 "model (for instance a Poisson latent with a gamma rate is a GammaPoisson observation), or make it "
                 "continuous."
+                + (" Rows without an outcome (obs_mask) are better left out." if name.endswith("_unobserved") else "")
             )
     if discrete:
         try:

@@ -26,7 +26,7 @@ from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn
 
-from numpyro_smcopt.potential.arguments import argument_names, fingerprint
+from numpyro_smcopt.potential.arguments import argument_names, columns, fingerprint
 from numpyro_smcopt.potential.conversions import strong
 from numpyro_smcopt.potential.indices import check_indices
 from numpyro_smcopt.potential.proper_latents import imputing, kept, kept_batch, proper_latents
@@ -155,7 +155,13 @@ class Target:
         sizes = [math.prod(site.shape) for site in self.sites.latents.values()]
         leaves = jax.tree.leaves((self.args, self.kwargs))
         names = dict(zip(map(id, leaves), argument_names(self.args, self.kwargs), strict=True))
-        check_indices(program, names, owners, np.repeat(np.array(list(self.sites.latents), object), sizes))
+        lists = [(name, np.asarray(column)) for name, column in columns(self.args, self.kwargs)]
+
+        def name_of(array: Any) -> str | None:
+            same = (name for name, column in lists if column.shape == array.shape and np.array_equal(column, array))
+            return names.get(id(array)) or next(same, None)
+
+        check_indices(program, name_of, owners, np.repeat(np.array(list(self.sites.latents), object), sizes))
 
     @functools.cached_property
     def _owned_program(self) -> tuple[list[str], Any]:

@@ -7,6 +7,7 @@ from the data are computed by NumPy until they index something. What is so found
 other indices in its place the energy is compiled and evaluated, and a row that is masked changes no term.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -84,12 +85,12 @@ class Beyond(NamedTuple):
 UNKNOWN = Followed()
 
 
-def check_indices(program: Any, data: dict[int, str], params: list[str], latents: np.ndarray) -> None:
+def check_indices(program: Any, name_of: Callable[[Any], str | None], params: list[str], latents: np.ndarray) -> None:
     """Raise if data index beyond an axis where a term of the energy depends on it; warn where that cannot be seen.
 
     Args:
         program: The energy as a closed jaxpr, whose constants are the data.
-        data: The names of the arguments, by the ``id`` of their arrays.
+        name_of: The name of the argument that an array is; None if it is none.
         params: The site of each leaf of theta.
         latents: [D] the site of each coordinate of a particle.
 
@@ -97,10 +98,12 @@ def check_indices(program: Any, data: dict[int, str], params: list[str], latents
         ValueError: The message names the argument, the element, and the site that is indexed.
     """
     inputs = [Followed(names=frozenset([name])) for name in params]
-    for beyond in find_beyond(program, data, [*inputs, Followed(places=latents, names=frozenset(latents))]):
+    reader = _Reader(name_of)
+    reader.follow(program.jaxpr, program.consts, [*inputs, Followed(places=latents, names=frozenset(latents))])
+    for beyond in reader.found:
         if beyond.stepwise:
             warn_outside(_told(beyond, frozenset(latents)) + " (In a scan it cannot be seen whether this is masked.)")
-        elif matters(program, beyond, _generic(program)):
+        elif _matters(program, beyond, _generic(program)):
             raise ValueError(_told(beyond, frozenset(latents)))
 
 
@@ -124,33 +127,11 @@ def _told(beyond: Beyond, latents: frozenset[str]) -> str:
     return f"{told}: indices count from 0, and JAX takes one beyond the end for the last, in silence. {advice}"
 
 
-def find_beyond(program: Any, data: dict[int, str], inputs: list[Followed]) -> list[Beyond]:
-    """Indices beyond an axis.
-
-    Args:
-        program: A closed jaxpr, whose constants are the data.
-        data: The names of the arguments, by the ``id`` of their arrays.
-        inputs: What is known of the program's inputs: the names of sites.
-    """
-    found: list[Beyond] = []
-    _follow(program.jaxpr, [_of_data(value, data) for value in program.consts], inputs, data, found)
-    return found
-
-
-def matters(program: Any, beyond: Beyond, inputs: list[Array]) -> bool:
+def _matters(program: Any, beyond: Beyond, inputs: list[Array]) -> bool:
     """Whether some term of the energy changes with the element that such indices point to."""
     others = sorted({0, 1 % beyond.length, beyond.length - 1})
     terms = [np.asarray(jax.jit(_evaluator(program, beyond, other))(inputs)[0]) for other in others]
     return any(not np.array_equal(terms[0], other, equal_nan=True) for other in terms[1:])
-
-
-def _of_data(value: Any, data: dict[int, str]) -> Followed:
-    if isinstance(value, jax.core.Tracer) or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
-        return UNKNOWN
-    if np.size(value) > (LARGEST_FLOAT if jnp.issubdtype(value.dtype, jnp.floating) else LARGEST):
-        return UNKNOWN
-    known, name = np.asarray(value), data.get(id(value))
-    return Followed(known, name, np.arange(known.size).reshape(known.shape) if name else None)
 
 
 def _inner(params: dict) -> tuple[Any, Any]:
@@ -160,54 +141,93 @@ def _inner(params: dict) -> tuple[Any, Any]:
 
 
 # -- reading a program -------------------------------------------------------------------------------------------------
-def _follow(jaxpr: Any, consts: list[Followed], inputs: list[Followed], data: dict[int, str], found: list) -> list:
-    known: dict[Any, Followed] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
-    makers: dict[Any, Any] = {}
+class _Reader:
+    """Follows data through a program, and notes what indexes beyond an axis.
 
-    def look(variable: Any) -> Followed:
-        if hasattr(variable, "val"):
-            return Followed(np.asarray(variable.val, variable.aval.dtype))
-        return known.get(variable, UNKNOWN)
+    Args:
+        name_of: See `check_indices`.
+    """
 
-    for equation in jaxpr.eqns:
-        name, given = equation.primitive.name, [look(v) for v in equation.invars]
-        outputs = _outputs(equation, name, given, data, found)
-        if len(given) == 3 and (name == "select_n" or equation.params.get("name") == "_where"):
-            order = (0, 1, 2) if name == "select_n" else (0, 2, 1)
-            outputs = [_normalised(equation, order, given[order[1]], makers, outputs[0])]
-        known.update(zip(equation.outvars, outputs, strict=True))
-        makers.update((v, equation) for v in equation.outvars)
-    return [look(v) for v in jaxpr.outvars]
+    def __init__(self, name_of: Callable[[Any], str | None]) -> None:
+        self.name_of = name_of
+        self.found: list[Beyond] = []
 
+    def follow(self, jaxpr: Any, consts: Any, inputs: list[Followed]) -> list[Followed]:
+        """What is known of the results of a program."""
+        known = dict(zip(jaxpr.constvars, map(self._of_data, consts), strict=True))
+        known.update(zip(jaxpr.invars, inputs, strict=True))
+        makers: dict[Any, Any] = {}
 
-def _outputs(equation: Any, name: str, given: list[Followed], data: dict[int, str], found: list) -> list[Followed]:
-    params, shape = equation.params, getattr(equation.outvars[0].aval, "shape", ()) if equation.outvars else ()
-    if name in CALLS:
-        inner, consts = _inner(params)
-        return _follow(inner, [_of_data(v, data) for v in consts], given, data, found)
-    if name == "scan":
-        inner, num = params["jaxpr"], params["num_consts"] + params["num_carry"]
-        carried = [v._replace(value=None) for v in given[params["num_consts"] : num]]
-        stepped = [_one_by_one(v) for v in given[num:]]
-        consts = [_of_data(v, data) for v in inner.consts]
-        _follow(inner.jaxpr, consts, [*given[: params["num_consts"]], *carried, *stepped], data, found)
-    if name == "gather":
-        _look_at(equation, given[0], given[1], _lengths(equation), found)
-    if name.startswith("scatter") and given[1].beyond:  # what is beyond the end is left out, as JAX says
-        _look_at(equation, given[0], given[1], np.zeros(1), found)
-    if name == "dynamic_slice":
-        lengths = np.subtract(equation.invars[0].aval.shape, params["slice_sizes"]) + 1
-        for index, length in zip(given[1:], lengths, strict=True):
-            _look_at(equation, given[0], index, np.array(length), found)
-    names = frozenset[str]().union(*(v.names for v in given))
-    if name == "slice" and given[0].value is None and given[0].places is not None:  # some latents of all
-        places = STRUCTURAL[name](given[0].places, params)
-        return [Followed(places=places, names=frozenset(places))]
-    if int(np.prod(shape)) <= LARGEST and all(v.value is not None for v in given) and len(equation.outvars) == 1:
-        new = _computed(name, params, given, shape)
-        if new is not None:
-            return [new._replace(names=names)]
-    return [Followed(names=names)] * len(equation.outvars)
+        def look(variable: Any) -> Followed:
+            if hasattr(variable, "val"):
+                return Followed(np.asarray(variable.val, variable.aval.dtype))
+            return known.get(variable, UNKNOWN)
+
+        for equation in jaxpr.eqns:
+            name, given = equation.primitive.name, [look(v) for v in equation.invars]
+            outputs = self._outputs(equation, name, given)
+            if len(given) == 3 and (name == "select_n" or equation.params.get("name") == "_where"):
+                order = (0, 1, 2) if name == "select_n" else (0, 2, 1)
+                outputs = [_normalised(equation, order, given[order[1]], makers, outputs[0])]
+            known.update(zip(equation.outvars, outputs, strict=True))
+            makers.update((v, equation) for v in equation.outvars)
+        return [look(v) for v in jaxpr.outvars]
+
+    def _of_data(self, value: Any) -> Followed:
+        if isinstance(value, jax.core.Tracer) or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
+            return UNKNOWN
+        if np.size(value) > (LARGEST_FLOAT if jnp.issubdtype(value.dtype, jnp.floating) else LARGEST):
+            return UNKNOWN
+        known, name = np.asarray(value), self.name_of(value)
+        return Followed(known, name, np.arange(known.size).reshape(known.shape) if name else None)
+
+    def _outputs(self, equation: Any, name: str, given: list[Followed]) -> list[Followed]:
+        params, shape = equation.params, getattr(equation.outvars[0].aval, "shape", ()) if equation.outvars else ()
+        if name in CALLS and len(_inner(params)[0].invars) == len(given):
+            return self.follow(*_inner(params), given)
+        if name == "scan":
+            inner, first, last = params["jaxpr"], params["num_consts"], params["num_consts"] + params["num_carry"]
+            carried = [Followed(names=v.names) for v in given[first:last]]
+            self.follow(inner.jaxpr, inner.consts, [*given[:first], *carried, *map(_one_by_one, given[last:])])
+        self._look_for_indices(equation, name, given)
+        names = frozenset[str]().union(*(v.names for v in given))
+        if name == "slice" and given[0].value is None and given[0].places is not None:  # some latents of all
+            places = STRUCTURAL[name](given[0].places, params)
+            return [Followed(places=places, names=frozenset(places))]
+        if int(np.prod(shape)) <= LARGEST and all(v.value is not None for v in given) and len(equation.outvars) == 1:
+            with contextlib.suppress(TypeError, ValueError):  # what NumPy does in another way stays unknown
+                if (new := _computed(name, params, given, shape)) is not None:
+                    return [new._replace(names=names)]
+        return [Followed(names=names)] * len(equation.outvars)
+
+    def _look_for_indices(self, equation: Any, name: str, given: list[Followed]) -> None:
+        if name == "gather":
+            axes, sizes = equation.params["dimension_numbers"].start_index_map, equation.params["slice_sizes"]
+            lengths = np.subtract(equation.invars[0].aval.shape, sizes)[list(axes)] + 1
+            self._look_at(equation, given[0], given[1], lengths)
+        elif name.startswith("scatter") and given[1].beyond:  # what is beyond the end is left out, as JAX says
+            self._look_at(equation, given[0], given[1], np.zeros(1))
+        elif name == "dynamic_slice":
+            lengths = np.subtract(equation.invars[0].aval.shape, equation.params["slice_sizes"]) + 1
+            for index, length in zip(given[1:], lengths, strict=True):
+                self._look_at(equation, given[0], index, np.array(length))
+
+    def _look_at(self, equation: Any, operand: Followed, index: Followed, lengths: np.ndarray) -> None:
+        """Note the indices of one equation that point beyond an axis, given how many there are by column."""
+        if index.value is None or not lengths.size:
+            return
+        # What is sliced is clipped; if there are many slices, that has a mode, which else says that a user wants it.
+        # Beyond the end `jnp.take` finds NaN.
+        mode, fill = str(equation.params.get("mode", "PROMISE")), equation.params.get("fill_value")
+        slices = equation.primitive.name == "gather" and not equation.params["dimension_numbers"].collapsed_slice_dims
+        asked = "CLIP" in mode and not slices or "FILL" in mode and fill == fill
+        issues = index.beyond or ()
+        if index.beyond is None and index.places is not None:  # not made to count from the end: unsigned, for instance
+            value = index.value if index.stepwise or not lengths.ndim else index.value.reshape(-1, lengths.size)
+            bad = ((value < 0) | (value >= lengths)).reshape(index.value.shape)
+            if bad.any():
+                issues = (_beyond(equation.invars[1], bad, index, int(lengths.max())),)
+        self.found += [v._replace(names=operand.names) for v in issues if not asked or v.value < 0]
 
 
 def _computed(name: str, params: dict, given: list[Followed], shape: tuple[int, ...]) -> Followed | None:
@@ -277,37 +297,6 @@ def _beyond(variable: Any, bad: np.ndarray, index: Followed, length: int) -> Bey
     place = -1 if index.places is None else int(np.ravel(index.places)[first])
     argument = None if place < 0 else f"{index.argument}, element {place}"
     return Beyond(variable, bad, np.ravel(index.value)[first], argument, length, int(index.value.min()), index.stepwise)
-
-
-def _look_at(equation: Any, operand: Followed, index: Followed, lengths: np.ndarray, found: list) -> None:
-    """Note the indices of one equation that point beyond an axis."""
-    # What is sliced is clipped; if there are many slices, that has a mode, which else says that a user wants it. Beyond
-    # the end `jnp.take` finds NaN.
-    mode, fill = str(equation.params.get("mode", "PROMISE")), equation.params.get("fill_value")
-    dimensions = equation.params.get("dimension_numbers")
-    slices = equation.primitive.name == "gather" and not dimensions.collapsed_slice_dims
-    asked = "CLIP" in mode and not slices or "FILL" in mode and fill == fill
-    if index.value is None or not lengths.size:
-        return
-    if index.beyond is None:  # not made to count from the end: unsigned, or by a function of JAX
-        value = index.value if index.stepwise or not lengths.ndim else index.value.reshape(-1, lengths.size)
-        bad = (value < 0) | (value >= lengths)
-        bad = bad.reshape(index.value.shape)
-        issues: tuple[Beyond, ...] = ()
-        if bad.any() and index.places is not None:
-            issues = (_beyond(equation.invars[1], bad, index, int(lengths.max())),)
-    else:
-        issues = index.beyond
-    for issue in issues:
-        if not asked or issue.value < 0:
-            found.append(issue._replace(names=operand.names))
-
-
-def _lengths(equation: Any) -> np.ndarray:
-    """How many starting points the axes have that a gather indexes, by column of the indices."""
-    axes = equation.params["dimension_numbers"].start_index_map
-    shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
-    return np.array([shape[axis] - sizes[axis] + 1 for axis in axes])
 
 
 # -- with other indices ------------------------------------------------------------------------------------------------

@@ -106,6 +106,15 @@ def test_the_categories_of_a_column():
         check(effects(WAYS["index"]), codes, Y)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_labels_in_a_list(kind):
+    rows = effects(lambda b, group, y: observe(b[jnp.array(group)], y))
+    check(rows, kind([0, 0, 1, 1, 2, 2]), Y)
+    for bad in (-1, 3):
+        with pytest.raises(ValueError, match=rf"args\[0\], element 3, holds {bad}, .*'b' of length 3"):
+            check(rows, kind([0, 0, 1, bad, 2, 2]), Y)
+
+
 def test_two_levels_of_labels():
     def model(school_of_class, class_of_row, y):
         mean = numpyro.param("mean", 0.0)

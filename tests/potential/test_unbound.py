@@ -63,6 +63,29 @@ def test_missing_outcomes_cost_no_evidence_and_are_no_observations():
     assert np.all(abs(residuals.mean(0)) < 0.15) and np.all(abs(residuals.std(0) - 1) < 0.15)
 
 
+@pytest.mark.parametrize("kind", ["Bernoulli", "Poisson"])
+def test_missing_counts(kind):
+    pytest.importorskip("funsor")
+
+    def model(y, seen):
+        mean = numpyro.param("mean", 0.0)
+        b = numpyro.sample("b", dist.Normal(mean, 1.0))
+        fn = dist.Bernoulli(logits=b) if kind == "Bernoulli" else dist.Poisson(jnp.exp(b))
+        with numpyro.plate("rows", 4):
+            numpyro.sample("y", fn, obs=y, obs_mask=seen)
+
+    y, seen = np.array([1.0, 0.0, 0.0, 1.0], np.float32), np.array([True, True, False, True])
+    if kind == "Poisson":
+        with pytest.raises(ValueError, match=r"'y_unobserved' is discrete.*Rows without an outcome \(obs_mask\)"):
+            make_target(model, (y, seen), {})
+        return
+    b = np.linspace(-9, 9, 4001)
+    each = special.expit(b) ** 2 * special.expit(-b) * stats.norm(0.4, 1).pdf(b)
+    agrees(model, np.log(np.trapezoid(each, b)), y, seen, params={"mean": 0.4})
+    target = make_target(model, (y, seen), {})
+    assert jax.jit(target.count_observations)({"mean": jnp.float32(0.4)}) == 3
+
+
 def test_what_is_observed_takes_no_part_in_anything():
     target = make_target(regression, (X, Y, SEEN), {})
     theta = {"intercept": jnp.float32(0.3), "slope": jnp.float32(-1.0), "sd": jnp.float32(0.7)}
