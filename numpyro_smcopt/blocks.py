@@ -9,6 +9,8 @@ accept-reject and step sizes may act on each block by itself, and log evidence i
 They are found by `block_search.find_blocks`; this file holds what a partition is and does.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -138,13 +140,21 @@ def add_up(blocks: Blocks, shapes: Sequence[tuple[int, ...]]) -> Blocks:
     """The partition with what can be added up.
 
     Args:
-        blocks: A partition, not traced.
+        blocks: A partition, not traced; it may be `doubled`.
         shapes: Of the sites' terms, in order.
     """
     of_term = np.asarray(blocks.of_term)
-    sums = find_sums(of_term, shapes, blocks.num_blocks)
+    double = len(of_term) > sum(map(math.prod, shapes))
+    sums = find_sums(of_term, (*shapes, *shapes) if double else shapes, blocks.num_blocks)
+    sums = dataclasses.replace(sums, double=double)
     table = _table_of_terms(sums.owners(of_term), blocks.num_blocks)
     return blocks._replace(table_of_sums=_on_device(table), sums=sums)
+
+
+def doubled(blocks: Blocks) -> Blocks:
+    """The same partition of terms that come in two halves, see `potential.Target`; nothing is added up."""
+    of_coordinate, of_term = np.asarray(blocks.of_coordinate), np.asarray(blocks.of_term)
+    return make_blocks(of_coordinate, np.tile(of_term, 2), blocks.num_blocks)
 
 
 def make_blocks(of_coordinate: np.ndarray, of_term: np.ndarray, num: int) -> Blocks:

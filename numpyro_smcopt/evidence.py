@@ -23,6 +23,7 @@ from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.first_cloud import draw_particles, first_cloud
 from numpyro_smcopt.population.independent_blocks import check_energies, independent_blocks
+from numpyro_smcopt.population.self_check import as_precise_as_needed
 from numpyro_smcopt.potential import (
     Target,
     check_init_params,
@@ -99,6 +100,9 @@ def log_evidence(
     kernel = kernel or HMC()
     blocks = independent_blocks(key_blocks, start, start.theta, partition)
     cloud = _first_cloud(key_cloud, start, blocks, kernel)
+    precise = as_precise_as_needed(start, start.theta, cloud.x, blocks)
+    if precise is not blocks:
+        blocks, cloud = precise, _first_cloud(key_cloud, start, precise, kernel)
     num_replicates = None if num_particles is None else 2 * max(2, -(-int(num_particles) // (2 * SIZE)))
     found = EvidenceAt(key_draw, start, cloud, blocks, kernel, num_replicates=num_replicates)(params).evidence
     faults.warn_of(about_draws(found))

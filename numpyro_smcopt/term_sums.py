@@ -54,9 +54,11 @@ class Sums:
 
     Args:
         sites: One for each entry of `Sites.terms`; none if nothing is added up.
+        double: Whether terms are computed in double precision and come in two halves, see `potential.Target`.
     """
 
     sites: tuple[SiteSum, ...] = ()
+    double: bool = False
 
     def owners(self, of_terms: Any) -> Any:
         """The blocks [F] of the sums from those of the terms, [K]; of NumPy or JAX."""

@@ -4,6 +4,8 @@
 
 latents_to_params   a handler that turns latents into parameters
 svi_view            a cloud in the shape of SVI: model and guide
+precision           double precision inside of programs of single precision
+log_scale           programs that keep the logarithms of positive numbers
 observed            observed values, pointwise log likelihood, names of axes
 energy              `Target`: energy terms, prior draws, constrained values
 sites               what one abstract trace tells of a model
@@ -27,6 +29,7 @@ from numpyro_smcopt.potential.conversions import as_array, strong
 from numpyro_smcopt.potential.energy import Target, flat_terms, make_target
 from numpyro_smcopt.potential.latents_to_params import latents_to_params
 from numpyro_smcopt.potential.observed import axis_names, observed_data, pointwise_log_likelihood
+from numpyro_smcopt.potential.precision import double_allowed, double_may_be_needed
 from numpyro_smcopt.potential.sites import Sites, read_sites
 from numpyro_smcopt.potential.svi_view import SVIView, make_svi_view
 
@@ -40,6 +43,8 @@ __all__ = [
     "check_init_params",
     "check_key",
     "check_start",
+    "double_allowed",
+    "double_may_be_needed",
     "fingerprint",
     "flat_terms",
     "join_arguments",

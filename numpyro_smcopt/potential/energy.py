@@ -29,6 +29,8 @@ from numpyro.infer.util import constrain_fn
 from numpyro_smcopt.potential.arguments import argument_names, columns, fingerprint
 from numpyro_smcopt.potential.conversions import strong
 from numpyro_smcopt.potential.indices import check_indices
+from numpyro_smcopt.potential.log_scale import keep_logarithms
+from numpyro_smcopt.potential.precision import PLATEAU, double_precision, halves, partitioned_in_double, widened
 from numpyro_smcopt.potential.proper_latents import imputing, kept, kept_batch, proper_latents
 from numpyro_smcopt.potential.sites import Sites, read_sites
 from numpyro_smcopt.potential.tracing import (
@@ -59,6 +61,8 @@ class Target:
         validate: Whether distributions check parameters and observations (a failed check is a NaN).
         attached: Further arrays that belong to the problem, such as the data of an objective; traced as data are.
         sums: How the terms are added up; ``sites`` are then those of the sums. See `adding_up`.
+        double: Whether terms are computed in double precision, see `in_double`.
+        is_relaxed: Whether terms of the likelihood that are not finite are a plateau, see `relaxed`.
     """
 
     model: Model
@@ -68,10 +72,14 @@ class Target:
     validate: bool = False
     attached: Any = ()
     sums: Sums = NO_SUMS
+    double: bool = False
+    is_relaxed: bool = False
     _traced: dict[Any, Callable] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def adding_up(self, sums: Sums) -> "Target":
         """The same target, whose energy terms are sums of the present ones."""
+        if sums.double and not self.double:
+            return self.in_double().adding_up(sums)
         if not sums.sites:
             return self
         shapes = tuple(site.kept for site in sums.sites)
@@ -79,6 +87,27 @@ class Target:
             (name, math.prod(shape), prior) for (name, _, prior), shape in zip(self.sites.terms, shapes, strict=True)
         )
         return dataclasses.replace(self, sites=self.sites._replace(terms=terms, term_shapes=shapes), sums=sums)
+
+    def in_double(self) -> "Target":
+        """The same target with terms that single precision cannot hold.
+
+        Everything behind the unconstrained coordinates is computed in double precision. There are then 2 K terms: K
+        rounded to single precision, and K that hold what they lack. The sum of both is the energy, and differences of
+        terms keep their digits, wherever they are formed.
+        """
+        terms, shapes = 2 * self.sites.terms, 2 * self.sites.term_shapes
+        return dataclasses.replace(self, sites=self.sites._replace(terms=terms, term_shapes=shapes), double=True)
+
+    def relaxed(self) -> "Target":
+        """The same target, but a datum that cannot be given the latents costs `PLATEAU` nats instead of all.
+
+        What is impossible is then so to a degree: the fewer data contradict a draw, the lower its energy.
+        """
+        return dataclasses.replace(self, is_relaxed=True)
+
+    def as_partitioned(self, arguments: Any) -> "Target":
+        """The target in the precision of the partition among ``arguments``, a pytree."""
+        return self.in_double() if partitioned_in_double(arguments) else self
 
     def terms(self, theta: Theta, x: Array) -> Array:
         """Energy terms of one particle.
@@ -88,15 +117,23 @@ class Target:
             x: [D] one particle.
 
         Returns:
-            [K] terms whose sum is ``-log p_theta(x, y)``, the log-Jacobian of ``x`` included.
+            [K] terms whose sum is ``-log p_theta(x, y)``, the log-Jacobian of ``x`` included;
+            [2 K] in double precision.
         """
         leaves, treedef = jax.tree.flatten((theta, x))
         like = [jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
         key = treedef, *like
         if key not in self._traced:
-            of_model = lambda theta, x: self._terms(substitution(theta, self.sites.unravel(x)))  # noqa: E731
-            self._traced[key], _ = traced_once(of_model, *jax.tree.unflatten(treedef, like))
+            kept = lambda theta, x: keep_logarithms(self._at, theta, x, widen=self.double)  # noqa: E731
+            with double_precision(self.double):
+                self._traced[key], _ = traced_once(kept, *jax.tree.unflatten(treedef, like))
         return self._traced[key](theta, x)
+
+    def _at(self, theta: Theta, x: Array) -> Array:
+        if not self.double:
+            return self._terms(substitution(theta, self.sites.unravel(x)))
+        target = dataclasses.replace(self, args=widened(self.args), kwargs=widened(self.kwargs))
+        return target._terms(substitution(widened(theta), self.sites.unravel(widened(x))))
 
     def energy_of(self, theta: Theta, latents: dict[str, Array]) -> Array:
         """``-log p_theta(x, y)`` [] of one draw given on the scale of the model, as a density on that scale.
@@ -120,13 +157,20 @@ class Target:
                 pairs = enumerated_terms(model, self.args, self.kwargs, self.sites.latents)
                 return self._joined([-v for pair in zip(*pairs, strict=True) for v in pair])
             trace = trace_model(model, self.args, self.kwargs, random.key(0))
-        return self._joined([-log_prob_of(site) for site in trace.values() if site["type"] == "sample"])
+            return self._joined([-log_prob_of(site) for site in trace.values() if site["type"] == "sample"])
 
     def _joined(self, pieces: list[Array]) -> Array:
         """The terms of all sites in one vector, added up if they shall be."""
+        if self.is_relaxed:
+            priors = [prior for _, _, prior in self.sites.terms]
+            pieces = [
+                piece if prior else jnp.where(jnp.isfinite(piece), piece, PLATEAU)
+                for piece, prior in zip(pieces, priors, strict=not self.double)
+            ]
         if self.sums.sites:
-            pieces = [site.add(piece) for site, piece in zip(self.sums.sites, pieces, strict=True)]
-        return jnp.concatenate([jnp.ravel(piece) for piece in pieces]) if pieces else jnp.zeros(0)
+            pieces = [site.add(piece) for site, piece in zip(self.sums.sites, pieces, strict=not self.double)]
+        terms = jnp.concatenate([jnp.ravel(piece) for piece in pieces]) if pieces else jnp.zeros(0)
+        return halves(terms) if self.double else terms
 
     def program(self, theta: Theta) -> Any:
         """The energy as a closed jaxpr: leaves of theta and one particle in, terms out; the data are its constants."""
@@ -178,21 +222,25 @@ class Target:
         return self._draw(rng_key, theta, (init_strategy or init_to_uniform)())
 
     def _draw(self, rng_key: Array, theta: Theta, strategy: Callable) -> Array:
-        def value_of(site: dict) -> Any:
+        def value_of(site: dict, theta: Theta) -> Any:
             if site["type"] == "param":
                 return constrained_param(site, theta)
             if site["type"] == "sample" and not site["is_observed"]:
                 return strategy(site)
             return None
 
-        # `seed` inside `substitute`: a strategy finds the key of its site in the message.
-        model = handlers.substitute(handlers.seed(self.model, rng_key), substitute_fn=value_of)
-        trace = trace_model(model, self.args, self.kwargs, rng_key)
-        drawn = {name: unconstrained(trace[name]) for name in self.sites.latents}
-        for k, name in enumerate(self.sites.masked):
-            normal = random.normal(random.fold_in(rng_key, k), drawn[name].shape, drawn[name].dtype)
-            drawn[name] = jnp.where(self._is_beside(name, trace[name]["fn"]), normal, drawn[name])
-        return jnp.concatenate([jnp.ravel(v) for v in drawn.values()]) if drawn else jnp.zeros(0)
+        def draw(rng_key: Array, theta: Theta) -> Array:
+            # `seed` inside `substitute`: a strategy finds the key of its site in the message.
+            seeded = handlers.seed(self.model, rng_key)
+            model = handlers.substitute(seeded, substitute_fn=lambda site: value_of(site, theta))
+            trace = trace_model(model, self.args, self.kwargs, rng_key)
+            drawn = {name: unconstrained(trace[name]) for name in self.sites.latents}
+            for k, name in enumerate(self.sites.masked):
+                normal = random.normal(random.fold_in(rng_key, k), drawn[name].shape, drawn[name].dtype)
+                drawn[name] = jnp.where(self._is_beside(name, trace[name]["fn"]), normal, drawn[name])
+            return jnp.concatenate([jnp.ravel(v) for v in drawn.values()]) if drawn else jnp.zeros(0)
+
+        return keep_logarithms(draw, rng_key, theta)
 
     def _is_beside(self, name: str, fn: Any) -> Array:
         """Which elements of a latent, unconstrained, are masked."""

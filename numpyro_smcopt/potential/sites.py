@@ -51,6 +51,7 @@ class Sites(NamedTuple):
     masked: tuple[str, ...] = ()  # latents some elements of which may stand beside the model
     observed: tuple[str, ...] = ()  # sites with observations; factors are none
     num_observations: int | None = 0  # batch elements of observed sites; None where masks or scales decide
+    discrete_data: bool = False  # all of them, without factors, so that the evidence is a probability
 
     @property
     def can_draw_prior(self) -> bool:
@@ -154,7 +155,9 @@ def read_sites(model: Model, args: tuple, kwargs: dict) -> Sites:
         )
     flat, masked = (tuple(name for name in latents if trace[name][fact]) for fact in ("flat", "masked"))
     counted = None if weighted else num_observations
-    sites = Sites(params, latents, (), (), bool(discrete), tuple(sorted(improper)), flat, masked, observed, counted)
+    all_discrete = all(site["discrete_data"] for site in trace.values() if site["given"])
+    seen = observed, counted, all_discrete and not improper
+    sites = Sites(params, latents, (), (), bool(discrete), tuple(sorted(improper)), flat, masked, *seen)
     found_terms = _read_terms(model, args, kwargs, sites, trace)
     terms = tuple((name, math.prod(shape), prior) for name, shape, prior in found_terms)
     return sites._replace(terms=terms, term_shapes=tuple(shape for _, shape, _ in found_terms))
@@ -198,6 +201,8 @@ def _describe(site: dict) -> dict:
         "discrete": False,
         "leaves": 0,
         "num_observed": 0,
+        "given": site["type"] == "sample" and site["is_observed"],
+        "discrete_data": observed and site["fn"].support is not None and bool(site["fn"].support.is_discrete),
     }
     if site["type"] == "plate":
         facts["args"] = site["args"]

@@ -12,6 +12,7 @@ from numpyro_smcopt.kernels import HMC
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION
 from numpyro_smcopt.population.first_cloud import starts_from_prior
+from numpyro_smcopt.population.self_check import as_precise_as_needed
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
 from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
@@ -26,6 +27,7 @@ from numpyro_smcopt.reporting.report_texts import (
     about_draws,
     about_laplace,
     about_laplace_fit,
+    about_spacing,
     differ,
 )
 from numpyro_smcopt.reporting.standard_errors import ROUNDING, Curvature, curvature_of, mean_and_error, no_curvature
@@ -77,7 +79,8 @@ def _evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state
     # The kernel of the algorithm, or one that serves any model
     kernel = own if own is not None and own.invariant else HMC()
     strategy = algorithm.init_strategy
-    return EvidenceAt(rng_key, bound.at(state.theta), cloud, state.blocks, kernel, init_strategy=strategy)
+    blocks = as_precise_as_needed(bound, state.theta, cloud.x, state.blocks)
+    return EvidenceAt(rng_key, bound.at(state.theta), cloud, blocks, kernel, init_strategy=strategy)
 
 
 def _count_observations(start: BoundTarget) -> int:
@@ -111,10 +114,13 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
         sandwich = by_delta(curvature.covariance @ found.derivatives.outer @ curvature.covariance)
     away, blur = mean_and_error(curvature.steps @ jacobian.T)
     mc_errors = np.sqrt(away**2 + blur**2 + np.sum((jacobian @ _rounding(found, curvature)) ** 2, 1))
+    deviations = np.sqrt(np.diag(covariance))
+    values = ravel(params).astype(np.result_type(np.float32, *jax.tree.leaves(params)))
+    told = about_draws(evidence) + about_spacing(values, deviations, names)
     of_theta = lambda v: unravel(v, fixed.theta)  # noqa: E731
     return Report(
         params=params,
-        standard_errors=unravel(np.sqrt(np.diag(covariance)), params),
+        standard_errors=unravel(deviations, params),
         covariance=covariance,
         mc_errors=unravel(np.where(known, mc_errors, np.nan), params),
         names=names,
@@ -136,7 +142,7 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
             "acceptance_rate": evidence.acceptance_rate,
             "unique_ancestors": evidence.unique_ancestors,
         },
-        warnings=tuple(about_draws(evidence) + about_laplace(evidence) + about + about_laplace_maximum),
+        warnings=tuple(told + about_laplace(evidence) + about + about_laplace_maximum),
         theta=fixed.theta,
         theta_covariance=curvature.covariance,
         constraints=fixed.constraints,

@@ -173,11 +173,13 @@ class EvidenceAt:
         fixed = jax.device_get(drawn.fixed)
         base, log_volumes, concave = jax.device_get((drawn.mixture.base, drawn.mixture.laplace, drawn.mixture.concave))
         approximation = float(np.sum(log_volumes, dtype=float)) - float(np.sum(base, dtype=float))
-        # The terms themselves are rounded, by half a unit in the last place at best.
-        rounding = float(np.finfo(base.dtype).eps * np.sum(np.abs(base), dtype=float))
+        value = approximation + float(np.sum(found.log_evidence))
+        # The terms themselves are rounded, by half a unit in the last place at best, unless they come in two halves.
+        eps = 0.0 if self.blocks.sums.double else np.finfo(base.dtype).eps
+        rounding = float(eps * np.sum(np.abs(base), dtype=float))
         evidence = LogEvidence(
-            approximation + float(np.sum(found.log_evidence)),
-            float(np.hypot(np.sqrt(np.sum(found.variance)), rounding)),
+            value,
+            float(np.linalg.norm([np.sqrt(np.sum(found.variance)), rounding, self._excess(value)])),
             jax.device_get(told.samples),
             jax.device_get(told.log_weights),
             float(np.min(found.ess)),
@@ -257,12 +259,16 @@ class EvidenceAt:
         size = ravel(self.start.theta).size
         columns = np.eye(size, dtype=self.columns.dtype) if self.complete is None else self.columns
         program = ("exact", self.sandwich), programs.exact_program(self.sandwich)
-        found = jax.device_get(self.start.call(*program, self.rng_key, params, columns))
+        found = jax.device_get(self.start.call(*program, self.rng_key, params, columns, self.blocks))
         fixed, terms, derivatives, samples, log_weights = found
         value = -float(np.sum(terms, dtype=float))
-        evidence = LogEvidence(value, 0.0, samples, log_weights, np.inf, value, False, 0)
+        evidence = LogEvidence(value, self._excess(value), samples, log_weights, np.inf, value, False, 0)
         derivatives = derivatives.in_theta(columns) if len(columns) else None
         return Exploration(fixed, evidence, no_laplace("there are no latents"), derivatives)
+
+    def _excess(self, log_evidence: float) -> float:
+        """Nats by which it is wrong for certain: a probability is at most one."""
+        return max(log_evidence, 0.0) if self.start.target.sites.discrete_data else 0.0
 
     def _in_theta(self, derivatives: Derivatives | None) -> Derivatives | None:
         # In double precision nothing is lost on the way.

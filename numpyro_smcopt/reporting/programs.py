@@ -255,10 +255,11 @@ def exact_program(sandwich: bool) -> Callable[..., tuple]:
     """A program for models without latents.
 
     Returns:
-        ``(target, rng_key, params, columns) -> (Fixed, energy terms [K], Derivatives, samples, log weights)``.
+        ``(target, rng_key, params, columns, blocks) -> (Fixed, terms [K], Derivatives, samples, log weights)``.
     """
 
-    def program(target: Target, rng_key: Array, params: Params, columns: Array) -> tuple:
+    def program(target: Target, rng_key: Array, params: Params, columns: Array, blocks: Blocks) -> tuple:
+        del blocks  # they say how precise the target is
         fixed = _fixed(target, rng_key, params)
         terms_fn, flat, _ = flat_terms(target, fixed.theta)
         here, nowhere = jnp.zeros_like(flat), jnp.zeros(0, flat.dtype)

@@ -18,6 +18,7 @@ FEW_DRAWS = 40.0
 LAPLACE_OFF = 0.1  # nats
 LAPLACE_AWAY = 0.5  # standard errors between our estimate and Laplace's that are worth a warning
 MOVING = 0.1  # standard errors from the maximum, beyond which theta is said to be moving
+COARSE = 0.1  # standard errors between an estimate and the next number
 NOISY = 0.05  # relative error of a standard error that is worth a warning
 CONTRADICTION, BLOCK_DRIFT = 5.0, 0.1  # nats between a run and a report, and how they grow with the blocks
 
@@ -56,6 +57,18 @@ def about_contradiction(running: float, log_evidence: float) -> list[str]:
         f"The run found the log evidence {running:.2f} where these draws find {log_evidence:.2f}: one of the two is "
         "wrong. Look for a latent whose density does not integrate to one (a distribution or a factor of your own), or "
         "summarize a longer run."
+    ]
+
+
+def about_spacing(params: np.ndarray, deviations: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Of estimates [P] that their type rounds more than they are uncertain."""
+    with np.errstate(invalid="ignore"):
+        coarse = np.flatnonzero(np.spacing(np.abs(params)) > COARSE * np.where(deviations > 0, deviations, np.inf))
+    return [
+        f"{names[k]} is near {params[k]:.4g}, where numbers of {params.dtype} are {np.spacing(np.abs(params[k])):.2g} "
+        f"apart, and its standard error is {deviations[k]:.2g}: it is rounded. Subtract a constant from it and from "
+        "the data, or enable double precision (`jax.config.update('jax_enable_x64', True)`)."
+        for k in coarse[:1]
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from numpyro_smcopt.potential import double_allowed
 from numpyro_smcopt.traces import num_elements
 
 CPU_OPTIONS = {
@@ -51,12 +52,13 @@ class Program:
 
     def __call__(self, static: Any, *arguments: Any) -> Any:
         """Compile if need be, and run."""
-        if _is_inside(arguments):
-            return self._plain(static, *arguments)
-        # What went wrong in the background will go wrong again here, where it is raised.
-        wait(self._pending)
-        self._pending = []
-        return self._compiler(static, *arguments)(static, *arguments)
+        with double_allowed(arguments):
+            if _is_inside(arguments):
+                return self._plain(static, *arguments)
+            # What went wrong in the background will go wrong again here, where it is raised.
+            wait(self._pending)
+            self._pending = []
+            return self._compiler(static, *arguments)(static, *arguments)
 
     def _compiler(self, static: Any, *arguments: Any) -> Any:
         """The jitted function whose options fit these arguments."""
@@ -74,17 +76,20 @@ class Program:
             Shapes and types of the result.
         """
         # Models are traced where they were called: NumPyro's handlers and JAX's settings belong to a thread.
-        traced = self._compiler(static, *arguments).trace(static, *arguments)
-        self._pending.append(_background().submit(traced.lower().compile))
+        with double_allowed(arguments):
+            traced = self._compiler(static, *arguments).trace(static, *arguments)
+            self._pending.append(_background().submit(traced.lower().compile))
         return traced.out_info
 
     def eval_shape(self, static: Any, *arguments: Any) -> Any:
         """Shapes and types of the result."""
-        return self._tuned.eval_shape(static, *arguments)
+        with double_allowed(arguments):
+            return self._tuned.eval_shape(static, *arguments)
 
     def trace(self, static: Any, *arguments: Any) -> Any:
         """The traced program, see `jax.jit`."""
-        return self._tuned.trace(static, *arguments)
+        with double_allowed(arguments):
+            return self._tuned.trace(static, *arguments)
 
 
 class Programs:
@@ -111,7 +116,7 @@ class Programs:
             return self._kept[name]
 
         def bound(static: Any, arrays: Any, *arguments: Any) -> Any:
-            return function(self.make_target(arrays, static), *arguments)
+            return function(self.make_target(arrays, static).as_partitioned(arguments), *arguments)
 
         bound.__name__ = name if isinstance(name, str) else name[0]  # for profiles, and the cache of compiled programs
         program = Program(bound, often)

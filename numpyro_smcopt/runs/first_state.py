@@ -18,6 +18,7 @@ from numpyro_smcopt import faults
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.independent_blocks import check_energies
+from numpyro_smcopt.population.self_check import as_precise_as_needed, in_double
 from numpyro_smcopt.potential import Target, check_init_params, check_start, fingerprint, strong
 from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.runs.update import announce_start
@@ -46,6 +47,7 @@ def start(
     rng_key: Array,
     init_params: Params | None = None,
     foresee: Callable[[Any], None] | None = None,
+    double: bool = False,
 ) -> Any:
     """The state at the start of one run.
 
@@ -55,6 +57,7 @@ def start(
         rng_key: Randomness.
         init_params: Constrained starting values of param sites.
         foresee: Told the shapes and types of the state as soon as they are known, while it is still being made.
+        double: Whether energies are known to need double precision.
 
     Raises:
         ValueError: If the model or a starting value cannot be used; the message names the site.
@@ -66,13 +69,25 @@ def start(
     theta, key_first = read.theta, read.key_first
     algorithm.check(bound.target, theta)
     blocks = algorithm.find_blocks(read.key_blocks, bound, theta)
+    blocks = in_double(bound, blocks) if double else blocks
     mode = np.zeros(bound.target.sites.num_latents, jnp.result_type(float))
-    # Compiled while theta walks.
-    shapes, _ = bound.prepare("first", _first(algorithm), key_first, theta, blocks, mode)
-    if foresee is not None:
-        foresee(shapes)
-    theta, mode = algorithm.warm_start(bound, theta, blocks) or (theta, mode)
-    state, particles = bound.call("first", _first(algorithm), key_first, theta, blocks, mode)
+
+    def begun(blocks: Blocks) -> tuple[Any, Any]:
+        place = theta, mode
+        # Compiled while theta walks.
+        shapes, _ = bound.prepare("first", _first(algorithm), key_first, theta, blocks, mode)
+        if foresee is not None:
+            foresee(shapes)
+        place = algorithm.warm_start(bound, theta, blocks) or place
+        return bound.call("first", _first(algorithm), key_first, place[0], blocks, place[1])
+
+    state, particles = begun(blocks)
+    terms = None if particles is None else particles[0]
+    place = bound, state.theta, state.points.x, blocks
+    precise = blocks if double else as_precise_as_needed(*place, terms)
+    if precise is not blocks:
+        blocks = precise
+        state, particles = begun(blocks)
     if particles is not None:
         terms, num_unfinished, num_stages = particles
         check_energies(bound.target, terms, blocks.sums)

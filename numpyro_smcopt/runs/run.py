@@ -60,6 +60,13 @@ class Driver:
         Raises:
             ValueError: If a run cannot start; of several, a note says which.
         """
+        states = self._start_all(rng_key, init_params, double=False)
+        # All have the precision that one of them needs.
+        if len({state.blocks.sums.double for state in states}) > 1:
+            states = self._start_all(rng_key, init_params, double=True)
+        return self.axis.stack(states)
+
+    def _start_all(self, rng_key: Array, init_params: Params | None, double: bool) -> list[Any]:
         num_runs, states = self.settings.num_runs, []
         starts = split_init_params(self.bound, rng_key, init_params, num_runs)
         # A handler may keep a state of its own or replace controls: then nobody knows the state before it is made.
@@ -67,12 +74,12 @@ class Driver:
         for k, key in enumerate(self.axis.split(rng_key)):
             foresee = self._prepare if plain and k == 0 else None
             try:
-                states.append(start(self.algorithm, self.bound, key, starts[k], foresee))
+                states.append(start(self.algorithm, self.bound, key, starts[k], foresee, double))
             except ValueError as error:
                 if num_runs > 1:
                     error.add_note(f"This was the start of run {k} of {num_runs}, which are counted from 0.")
                 raise
-        return self.axis.stack(states)
+        return states
 
     def adopt(self, init_state: Any) -> Any:
         """What a user gave to go on from, under the data."""
