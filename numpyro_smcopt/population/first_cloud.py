@@ -57,7 +57,7 @@ def first_cloud(
         num_particles: N.
         init_strategy: Where particles start, if not in the prior.
     """
-    terms_fn, flat, _ = flat_terms(target, theta)
+    terms_fn, flat, _ = flat_terms(target.relaxed(), theta)
     at_theta = lambda x: terms_fn(flat, x)  # noqa: E731
     from_prior = starts_from_prior(target, init_strategy)
     key_draw, key_move = random.split(rng_key)

@@ -8,15 +8,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import random
 
 from numpyro_smcopt.block_search import probe_rows
 from numpyro_smcopt.blocks import Blocks, Partition, add_up
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.first_cloud import draw_particles
+from numpyro_smcopt.population.possible_points import possible_points
 from numpyro_smcopt.potential import Sites, Target
 from numpyro_smcopt.term_sums import NO_SUMS, Sums
 from numpyro_smcopt.types import Array, Theta
 
+NOWHERE_FINITE = (
+    "The potential is not finite at any starting point. Start the parameters elsewhere with init_params, or pass "
+    "init_strategy=numpyro.infer.init_to_median."
+)
 CANDIDATES = 32  # drawn where the origin's neighbourhood has no finite energy
 
 
@@ -45,7 +51,7 @@ def independent_blocks(
         values, slopes = (np.asarray(v)[: len(rows)] for v in found)
         return values, slopes
 
-    points = _generic_points(rng_key, bound, theta, probe, init_strategy)
+    points = _generic_points(rng_key, bound, theta, probe, partition, init_strategy)
     _refuse_use_of_masked(bound, theta, probe, points)
     blocks = partition(probe, points, sites.num_terms, sites.units)
     _refuse_unbound(sites, blocks)
@@ -95,21 +101,34 @@ def _foreign_terms(sites: Sites, name: str) -> list[tuple[str, int, int]]:
 
 
 def _generic_points(
-    rng_key: Array, bound: BoundTarget, theta: Theta, probe: Callable, init_strategy: Callable | None
+    rng_key: Array,
+    bound: BoundTarget,
+    theta: Theta,
+    probe: Callable,
+    partition: Partition,
+    init_strategy: Callable | None,
 ) -> np.ndarray:
     """[2, D] points with finite energy that are special in no way."""
     sites = bound.target.sites
+    most = probe_rows(sites.num_latents)
+
+    def finite_terms(rows: np.ndarray) -> np.ndarray:
+        chunks = [rows[k : k + most] for k in range(0, len(rows), most)]
+        return np.isfinite(np.concatenate([probe(chunk, np.zeros_like(chunk))[0] for chunk in chunks]))
+
+    def draw(k: int) -> np.ndarray:
+        from_prior = draw_particles(CANDIDATES, sites.can_draw_prior, init_strategy)
+        return np.asarray(bound.call("candidates", from_prior, random.fold_in(rng_key, k), theta))
+
     points = np.random.default_rng(1).uniform(-1, 1, (2, sites.num_latents)).astype(jnp.result_type(float))
-    if np.all(np.isfinite(probe(points, np.zeros_like(points))[0])):
+    if finite_terms(points).all():
         return points
-    draw = draw_particles(CANDIDATES, sites.can_draw_prior, init_strategy)
-    drawn = np.asarray(bound.call("candidates", draw, rng_key, theta))
-    pairs = [drawn[k : k + 2] for k in range(0, CANDIDATES, 2)]
-    energies = [probe(pair, np.zeros_like(points))[0] for pair in pairs]
-    energy = np.concatenate(energies)
-    check_energies(bound.target, energy)
-    best = np.argsort(-np.isfinite(energy).sum(1), kind="stable")[:2]
-    return drawn[best]
+    find = lambda points: partition(probe, points, sites.num_terms, sites.units)  # noqa: E731
+    found, ever = possible_points(draw, finite_terms, find, sites.units)
+    if found is None:
+        _refuse(bound.target, ~ever, "terms")
+        raise ValueError(NOWHERE_FINITE)
+    return found
 
 
 def _probe(target: Target, theta: Theta, rows: Array, tangents: Array) -> tuple[Array, Array]:
@@ -131,18 +150,24 @@ def check_energies(target: Target, terms: Array | np.ndarray, sums: Sums = NO_SU
     finite = np.isfinite(np.asarray(terms))
     if np.any(np.all(finite, 1)):
         return
+    target = target.in_double() if sums.double else target
     added_up = finite.shape[1] < target.sites.num_terms
-    first, what = 0, "sums of terms" if added_up else "terms"
-    for name, size, _ in target.adding_up(sums if added_up else NO_SUMS).sites.terms:
-        bad = ~finite[:, first : first + size].any(0)
+    of_what = target.adding_up(sums if added_up else NO_SUMS)
+    _refuse(of_what, ~finite.any(0), "sums of terms" if added_up else "terms")
+    raise ValueError(NOWHERE_FINITE)
+
+
+def _refuse(target: Target, bad: np.ndarray, what: str) -> None:
+    """Raise if a term is bad [K] at all points, by the name of its site and its place there."""
+    first = 0
+    for (name, size, _), shape in zip(target.sites.terms, target.sites.term_shapes, strict=True):
+        found = np.flatnonzero(bad[first : first + size])
         first += size
-        if bad.any():
+        if len(found):
+            place = ", ".join(map(str, np.unravel_index(found[0], shape)))
+            where = f", the first of them that of row {place}" if shape and what == "terms" else ""
             raise ValueError(
-                f"Site '{name}' has no finite log density at any starting point: {int(bad.sum())} of its {size} "
-                f"{what} are NaN or infinite for every particle. Look for NaN or impossible values in the data that "
-                "reach it, or start the parameters elsewhere with init_params."
+                f"Site '{name}' has no finite log density at any starting point: {len(found)} of its {size} "
+                f"{what} are NaN or infinite for every particle{where}. Look for NaN or impossible values in the data "
+                "that reach it, or start the parameters elsewhere with init_params."
             )
-    raise ValueError(
-        "The potential is not finite at any starting point. Start the parameters elsewhere with init_params, or pass "
-        "init_strategy=numpyro.infer.init_to_median."
-    )

@@ -4,6 +4,10 @@
 
     pi_beta(x) ~ p_theta(x) p_theta(y | x)^beta,      0 = beta_0 < beta_1 < ... < beta_S = 1
 
+Where a term of the likelihood is not finite it counts as a height that no datum reaches by chance
+(`Target.relaxed`): impossible draws are allowed at first, fewer and fewer data contradict them, and those that are left
+over in the end are thrown out. So a start needs no luck, and the estimate stays what it is.
+
 Each stage raises beta as far as the effective sample size allows, weighs, resamples and moves. Independent blocks have
 their own temperatures and pass the stages side by side. The product of the mean weights estimates ``p_theta(y)``
 without bias for a fixed schedule. Source: del Moral, Doucet and Jasra 2006; adaptive temperatures as in Jasra et al.
@@ -18,8 +22,11 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_smcopt.blocks import Blocks
+from numpyro_smcopt.branching import changed_if
 from numpyro_smcopt.kernels.base import Kernel, Point, Potential, Step
 from numpyro_smcopt.kernels.preconditioners import Curvature, Preconditioner
+from numpyro_smcopt.population.evaluate import gather
+from numpyro_smcopt.potential.precision import IMPOSSIBLE, PLATEAU
 from numpyro_smcopt.random_numbers import draw_random_numbers
 from numpyro_smcopt.resampling import systematic
 from numpyro_smcopt.types import Array
@@ -29,6 +36,8 @@ MAX_STAGES = 300
 COLDEST = 1e-15
 BISECTIONS = 40
 SMALLEST_INCREMENT = 1e-12
+MOST_CONTRADICTED = 0.5  # share of the particles
+HIGHEST_STEP = 2.0  # nats for each datum
 ADAPTATION_RATE = 0.5
 
 
@@ -103,7 +112,10 @@ def temper(
 
         def evaluate(one: Array) -> Point:
             terms, vjp = jax.vjp(terms_fn, one)
-            return Point(one, shares * terms, vjp(shares)[0])
+            grad = vjp(shares)[0]
+            # A plateau has no slope. (Any force leaves a move valid, see `kernels`.)
+            on_plateau = jnp.any(terms > IMPOSSIBLE)
+            return Point(one, shares * terms, jnp.where(on_plateau & ~jnp.isfinite(grad), 0.0, grad))
 
         preconditioner = at_temperature(step.preconditioner, curvature, beta, blocks)
 
@@ -126,7 +138,10 @@ def temper(
         # Weigh
         rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, points.terms / shares))
         rest = jnp.where(jnp.isfinite(rest), rest, jnp.inf)
-        increment = _next_increment(rest, jnp.where(last, 0.0, 1 - beta), target_ess)
+        # Where most are contradicted by data, these go first, little by little: a few moves at each height.
+        contradicted = jnp.mean(rest > IMPOSSIBLE, 0, dtype=rest.dtype) > MOST_CONTRADICTED
+        room = jnp.where(contradicted, jnp.minimum(1 - beta, HIGHEST_STEP / PLATEAU), 1 - beta)
+        increment = _next_increment(rest, jnp.where(last, 0.0, room), target_ess)
         weighed = reweight(equal, -increment * rest)
 
         # Resample
@@ -143,8 +158,30 @@ def temper(
     lines = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], equal.shape)
     carry = (points, beta, zeros, step, zeros, lines, 0, jnp.asarray(False))
     points, beta, log_evidence, step, acceptance, lines, k, _ = lax.while_loop(lambda carry: ~carry[7], stage, carry)
+    points, possible = _possible(points, jnp.where(prior_mask, 1.0, share(beta)), blocks)
+    log_evidence += jnp.log(possible)
     alive = jax.vmap(lambda lines: jnp.zeros(num_particles, jnp.int32).at[lines].set(1).sum(), in_axes=1)(lines)
     return Tempered(points, log_evidence, step, jnp.asarray(k), beta < 1.0, acceptance, alive)
+
+
+def _possible(points: Point, shares: Array, blocks: Blocks) -> tuple[Point, Array]:
+    """The particles [N, ...], of which possible ones take the place of the others; [B] the share of the possible ones.
+
+    Where none is left the terms in question are NaN, and the share is one.
+    """
+    on_plateau = ~(points.terms / shares < IMPOSSIBLE)
+    bad = blocks.sum_terms(on_plateau.astype(shares.dtype)) > 0
+    num = jnp.sum(~bad, 0)
+
+    def replace(points: Point) -> Point:
+        order = jnp.argsort(bad, 0, stable=True)  # those that are possible first
+        places = jnp.arange(bad.shape[0])[:, None] % jnp.maximum(num, 1)
+        own = jnp.arange(bad.shape[0])[:, None]
+        heirs = jnp.where(bad, jnp.take_along_axis(order, places, 0), own).astype(jnp.int32)
+        points = points._replace(terms=jnp.where(on_plateau, jnp.nan, points.terms))
+        return gather(points, heirs, blocks)
+
+    return changed_if(jnp.any(bad), replace, points), jnp.where(num == 0, 1.0, num / bad.shape[0]).astype(shares.dtype)
 
 
 def at_temperature(old: Preconditioner, curvature: Curvature | None, beta: Array, blocks: Blocks) -> Preconditioner:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
+import numpyro.distributions as dist
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
@@ -153,7 +154,23 @@ def log_prob_of(site: dict) -> Array:
     """The scaled log density of a sample site, unsummed."""
     value, intermediates, scale = site["value"], site["intermediates"], site["scale"]
     log_prob = site["fn"].log_prob(value, intermediates) if intermediates else site["fn"].log_prob(value)
+    if site["is_observed"] and _support_moves(site["fn"]):
+        log_prob = jnp.where(_in_support(site["fn"], value), log_prob, -jnp.inf)
     return log_prob if scale is None else scale * log_prob
+
+
+def _support_moves(fn: dist.Distribution) -> bool:
+    """Whether parameters say what values are possible: densities do not look at that themselves."""
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        fn = fn.base_dist
+    depends = isinstance(getattr(type(fn), "support", None), constraints.dependent_property)
+    return depends and (not fn.support.is_discrete or isinstance(fn, dist.DiscreteUniform))
+
+
+def _in_support(fn: dist.Distribution, value: Array) -> Array:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _in_support(fn.base_dist, value) | ~jnp.asarray(fn._mask)
+    return fn.support(value)
 
 
 def is_prior(name: str, latents: dict[str, Any]) -> bool:
