@@ -70,33 +70,11 @@ class imputing(Messenger):  # noqa: N801 - a handler, named as NumPyro names the
             msg["value"] = jnp.where(kept(msg["fn"]), msg["value"], drawn)
 
 
-class Completed(dist.Distribution):
+class Completed(dist.MaskedDistribution):
     """A distribution of which the masked elements are standard normal on unconstrained space, or uniform if discrete.
 
-    Args:
-        base_dist: The distribution behind the mask.
-        mask: Bool, of its batch shape.
+    It draws from the distribution behind the mask, as what is reported; `Target.draw_prior` knows better.
     """
-
-    pytree_data_fields = ("base_dist", "_mask")
-
-    def __init__(self, base_dist: dist.Distribution, mask: Array) -> None:
-        self.base_dist, self._mask = base_dist, mask
-        self.has_enumerate_support = bool(base_dist.has_enumerate_support)
-        super().__init__(base_dist.batch_shape, base_dist.event_shape)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """That of the distribution behind the mask."""
-        return self.base_dist.support
-
-    def enumerate_support(self, expand: bool = True) -> Array:
-        """That of the distribution behind the mask."""
-        return self.base_dist.enumerate_support(expand=expand)
-
-    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draw from the distribution behind the mask, as what is reported; `Target.draw_prior` knows better."""
-        return self.base_dist.sample(key, sample_shape)
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """The log density of the distribution behind the mask, or of the one that stands for it."""
@@ -145,7 +123,7 @@ def is_masked(fn: dist.Distribution) -> bool:
 
 def kept(fn: dist.Distribution) -> Any:
     """Which elements of a value are not masked, as an array with all of its axes that broadcasts to it; True if all."""
-    if isinstance(fn, dist.MaskedDistribution | Completed):
+    if isinstance(fn, dist.MaskedDistribution):
         mask = jnp.asarray(fn._mask)
         return jnp.reshape(mask, mask.shape + (1,) * fn.event_dim) & kept(fn.base_dist)
     return kept(fn.base_dist) if isinstance(fn, dist.ExpandedDistribution | dist.Independent) else True
@@ -160,7 +138,8 @@ def kept_batch(fn: dist.Distribution) -> Any:
 
 def _completed(fn: dist.Distribution) -> dist.Distribution:
     """The distribution without its masks."""
-    if not isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
+    wrapped = isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent)
+    if not wrapped or isinstance(fn, Completed):
         return fn
     inner = _completed(fn.base_dist)
     if isinstance(fn, dist.MaskedDistribution):
