@@ -6,6 +6,7 @@ latents_to_params   a handler that turns latents into parameters
 svi_view            a cloud in the shape of SVI: model and guide
 precision           double precision inside of programs of single precision
 log_scale           programs that keep the logarithms of positive numbers
+log_rules           what becomes of these, operation by operation
 observed            observed values, pointwise log likelihood, names of axes
 energy              `Target`: energy terms, prior draws, constrained values
 sites               what one abstract trace tells of a model
