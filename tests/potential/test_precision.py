@@ -19,6 +19,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro_smcopt import SMCOptimizer, log_evidence
 from numpyro_smcopt.potential import make_target
 from numpyro_smcopt.potential.log_scale import keep_logarithms
+from numpyro_smcopt.reporting.report_texts import about_spacing
 
 log_gamma = np.vectorize(math.lgamma, otypes=[float])
 
@@ -170,6 +171,14 @@ def test_a_latent_that_single_precision_cannot_tell_apart_is_refused():
 
     with pytest.raises(ValueError, match=r"Latent site 'z' is near 1e\+07.*offset"):
         log_evidence(model, 1e7)
+
+
+def test_an_estimate_that_is_rounded_more_than_it_is_uncertain_is_named():
+    params, deviations = np.float32([1e7, 250.0]), np.array([0.03, 0.03])
+    (warning,) = about_spacing(params, deviations, ("mean", "slope"))
+    assert warning.startswith(
+        "mean is near 1e+07, where numbers of float32 are 1 apart, and its standard error is 0.03"
+    )
 
 
 def test_an_ordinary_model_stays_in_single_precision():
