@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import random
@@ -30,7 +29,7 @@ from numpyro_smcopt.algorithms.momentum.settings import (
     unstable_argument,
 )
 from numpyro_smcopt.algorithms.momentum.theta import InformationMetric, Metric, MomentumStep, Number, TransformMetric
-from numpyro_smcopt.algorithms.momentum.update import MomentumState, MomentumUpdate, keys_of
+from numpyro_smcopt.algorithms.momentum.update import MomentumState, MomentumUpdate
 from numpyro_smcopt.block_search import find_blocks
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
 from numpyro_smcopt.kernels import Preconditioning, preconditioners
@@ -39,7 +38,6 @@ from numpyro_smcopt.kernels.underdamped import Underdamped, VelocityKernel
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.bound_target import BoundTarget
-from numpyro_smcopt.population.evaluate import blocks_are_wrong
 from numpyro_smcopt.population.nonfinite import LARGEST_LOSS
 from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.population.warm_start import warm_start
@@ -256,10 +254,8 @@ class MomentumParticleMLE(ParticleAlgorithm[MomentumState]):
                 f"The state has {have} latents, but with these arguments the model has {need}. Data of another shape "
                 "need a new init."
             )
-        wrong = blocks_are_wrong(keys_of(state)[4], target, state.theta, state.points.x, state.blocks)
-        fingerprint = jnp.where(wrong, state.fingerprint, fingerprint)
-        cloud = forgotten(state.cloud, state.fingerprint != fingerprint)
-        return state._replace(fingerprint=fingerprint, wrong_blocks=wrong, cloud=cloud)
+        adopted = super().adopt(target, state, fingerprint)
+        return adopted._replace(cloud=forgotten(state.cloud, state.fingerprint != adopted.fingerprint))
 
     def loss(self, target: Target, state: MomentumState) -> Array:
         """See `Algorithm.loss`; of the marginal likelihood, which these particles do not know, their mean energy."""

@@ -92,8 +92,8 @@ class MomentumState(NamedTuple):
 
 
 def keys_of(state: MomentumState) -> Array:
-    """[5] keys: of the next state, of theta, of the particles, of the objective, and of the look at new data."""
-    return split(state.rng_key, 5)
+    """[4] keys: of the next state, of theta, of the particles, and of the objective."""
+    return split(state.rng_key, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class MomentumUpdate:
         flat, unravel = ravel_pytree(state.theta)
         x, blocks = state.points.x, state.blocks
         pace, latent_pace = self._paces(state, controls)
-        key_next, key_theta, key_latents, key_objective, _ = keys_of(state)
+        key_next, key_theta, key_latents, key_objective = keys_of(state)
 
         # Gradient, ahead of theta
         ahead = flat + pace.lookahead * state.motion.velocity
