@@ -6,37 +6,25 @@ Declare what is to be estimated with `numpyro.param` and what is to be integrate
 
     result = SMCOptimizer(model).run(random.key(0), 1000, *args)
 
-Map of the package, from the top down:
+Map of the package. Every line stands on those below it:
 
-    inference_data   to ArviZ
-    plots            pictures (imported by its name, because it needs Matplotlib)
-    comparison       models beside one another, likelihood-ratio tests
-    evidence         log marginal likelihood of any model
-    handlers         what steers updates from outside: control, adaptation of step sizes, limits of theta
-    algorithms/      SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion, and what they share (from `base` down)
-    samplers/        where the samples of ImplicitDiffusion come from
-    reporting/       standard errors, intervals, log evidence, samples of a fit
-    laplace          modes and curvatures of the latents, the warm start of theta
-    theta_step/      how theta moves
-    theta_momentum, latent_momentum    how theta and the particles move with momentum
-    objectives/      what is minimised: marginal likelihood, reward, divergences, energy-based likelihood
-    uncertainty      information from particles
-    control_variates weights that take the noise out of the gradient
-    runs/            many updates: what an algorithm is, starts, the loop, checkpoints, convergence
-    population/      a cloud at one theta: first particles, tempering, gradients, budgets
-    adaptation       rules: (state, observed) -> state
-    target/          NumPyro model -> energy terms; the only folder that traces models
-    results          what a user keeps
-    kernels/         Markov moves of one particle
-    resampling       four schemes
-    effects          sites and handlers; the only file that touches the handler stack
-    noise            random numbers of a whole cloud at once
-    weights          weights, effective sample size, log evidence
-    blocks           groups of independent latents
-    sums             energy terms added up where they are made
-    branching        what a program does now and then
-    traces           functions that are traced once
-    types            the glossary
+    inference_data, plots    fits for ArviZ, pictures (plots is imported by its name, because it needs Matplotlib)
+    comparison, handlers     models beside one another; control of updates from outside
+    evidence                 log marginal likelihood of any model
+    algorithms/              SMCOptimizer, MomentumParticleMLE, ImplicitDiffusion, and their base
+    reporting/, samplers/    standard errors, intervals and log evidence of a fit; samples for ImplicitDiffusion
+    runs/                    many updates: the contract of an algorithm, starts, the loop, checkpoints, convergence
+    population/              a cloud at one theta: first particles, tempering, gradients, budgets, warm start
+    faults                   everything that can be wrong with a run, with its remedy
+    objectives/, laplace     losses of theta; modes and curvatures of the latents
+    kernels/, theta_step/    Markov moves of one particle; steps of theta
+    potential/               NumPyro model -> energy terms; the only room that traces models
+    effects, adaptation      sites and handlers, the only file that touches the handler stack; rules for tuning
+    resampling, control_variates, information, results
+    weights, block_search    weights and effective sample size; the search for independent latents
+    blocks                   groups of independent latents
+    term_sums, random_numbers, traces, branching    what makes programs fast
+    types                    the glossary
 """
 
 from numpyro_smcopt import handlers, kernels, objectives, resampling, samplers

@@ -58,7 +58,7 @@ def _masks_per_call(num_coordinates: int) -> int:
 
 
 class _Prober:
-    """Which terms react when sets of coordinates are disturbed: masks ``[R, D]`` to ``[R, K]``."""
+    """Which terms react when sets of coordinates are disturbed: masks ``[J, D]`` to ``[J, K]``."""
 
     def __init__(self, probe: ProbeFn, points: np.ndarray) -> None:
         num = points.shape[-1]
@@ -72,7 +72,7 @@ class _Prober:
         self._base = values[[0, -1]]
 
     def __call__(self, masks: np.ndarray) -> np.ndarray:
-        """[R, K] of bool."""
+        """[J, K] of bool."""
         out = []
         for start in range(0, len(masks), self.size):
             chunk = masks[start : start + self.size]

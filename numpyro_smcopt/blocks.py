@@ -25,7 +25,7 @@ TABLE_WIDTH_LIMIT = 24  # terms per block up to which sums are unrolled gathers 
 
 
 ProbeFn = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
-"""Points and tangents, both [R, D], to energy terms and their directional derivatives, both [R, K]."""
+"""Points and tangents, both [J, D], to energy terms and their directional derivatives, both [J, K]."""
 
 
 class Blocks(NamedTuple):
@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
         of_term: [K] block of each term; B for terms that depend on no latent.
         members: [B, M] coordinates of each block, padded with D.
         slots: [D] where each coordinate stands in the flattened ``members``.
-        terms: [B, S] terms of each block, padded with K; S = 0 if the blocks are too large for a table.
+        terms: [B, ...] terms of each block, padded with K; [B, 0] if the blocks are too large for a table.
         table_of_sums: ``terms`` of `of_sums`, where terms are added up.
         sums: How terms may be added up.
     """

@@ -11,7 +11,7 @@ made of gradients that the sampler has computed anyway. A regression estimate th
 *calibrated* weights, whatever is averaged. Half of the particles regresses, the other half says how far the means are
 off, and then the other way round, so that no bias of order 1/N is left:
 
-    w~_i = w_i (1 - (c_i - c_A)^T S_A^-1 c_B) / 2,     i in half A;  c_A, S_A mean and covariance there.
+    w~_i = w_i (1 - (c_i - c_A)^T V_A^-1 c_B) / 2,     i in half A;  c_A, V_A mean and covariance there.
 
 The log density of a Gaussian model is quadratic in x, and then the gradient in theta has no Monte Carlo error at all.
 

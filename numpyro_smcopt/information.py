@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observed information from weighted particles, by Louis' identity.
 
-    I(theta) = H - F,      H = E_pi[ d2U/dtheta2 ],      F = sum_b Cov_pi( dU_b/dtheta )
+    I(theta) = H - V,      H = E_pi[ d2U/dtheta2 ],      V = sum_b Cov_pi( dU_b/dtheta )
 
-``H`` is the information of the complete data, ``F`` what is missing because the latents are not observed; the
+``H`` is the information of the complete data, ``V`` what is missing because the latents are not observed; the
 covariance falls apart into the independent blocks. Source: Louis 1982.
 """
 
@@ -31,7 +31,7 @@ class Information(NamedTuple):
 
     Attributes:
         complete: [P, P] ``H``.
-        missing: [P, P] ``F``.
+        missing: [P, P] ``V``.
         largest_share: [] the largest share of a single block in the missing information, relative to ``H``.
     """
 
@@ -141,7 +141,7 @@ def fisher_information(scores: Array, log_weights: Array) -> Fisher:
 
 
 def whitening(information: np.ndarray) -> np.ndarray:
-    """[P, P] ``F`` with ``F^T H F`` near the identity for a complete-data information ``H [P, P]``.
+    """[P, P] ``L`` with ``L^T H L`` near the identity for a complete-data information ``H [P, P]``.
 
     It is the root of the inverse that is symmetric up to units, so that each column stays as near to the coordinate of
     its number as it can. Columns are long but finite where ``H`` has no rank, and of unit length where it is zero.

@@ -3,17 +3,17 @@
 """Laplace approximation of the latents: modes, curvatures, and a warm start for ``theta``.
 
     pi_theta(x) ~ N(x_hat, H^-1),    x_hat = argmin U_theta,    H = d2U/dx2 (x_hat)
-    -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi) =: L(theta)
-    dL/dtheta ~ E[ dU/dtheta (x_hat + delta + z) ],    z ~ N(0, H^-1),    delta = -H^-1 E[ dU/dx (x_hat + z) ]
-    L_w(theta) = L(theta) - log E[ w ],    w = exp(U_theta(x_hat) - U_theta(x_hat + z) + z^T H z / 2), block by block
+    -log p_theta(y) ~ U_theta(x_hat) + 1/2 log det H - D/2 log(2 pi) =: F_0(theta)
+    dF_0/dtheta ~ E[ dU/dtheta (x_hat + delta + z) ],    z ~ N(0, H^-1),    delta = -H^-1 E[ dU/dx (x_hat + z) ]
+    F_w(theta) = F_0(theta) - log E[ w ],    w = exp(U_theta(x_hat) - U_theta(x_hat + z) + z^T H z / 2), block by block
 
 Blocks make it cheap: the Hessians of all blocks come from as many Hessian-vector products as the largest block has
 coordinates, and modes are found by one damped Newton iteration per block, all at once.
 
 The warm start walks to the neighbourhood of the maximum with the step of `theta_step`, the particles being draws from
-the approximation, and ``L_w`` deciding how far to go: with few observations per latent, ``L`` alone may be tens of nats
+the approximation, and ``F_w`` deciding how far to go: with few observations per latent, ``F_0`` alone may be tens of nats
 off, and lower at the end of a scale than it should be. The draws are centred at the mean of the latents rather than at
-their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``L``, and a step
+their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``F_0``, and a step
 downhill. It costs no accuracy (the particles have the last word) and makes far starting points harmless.
 
 On the way a scale may fall so far below the noise that the likelihood no longer depends on it (for a standard
@@ -160,7 +160,7 @@ def find_mode(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks) -> M
 
 
 def factors(hessian: Array) -> tuple[Array, Array, Array]:
-    """``F`` with ``H^-1 = F F^T``, its inverse, and half the log determinant of ``H [B, M, M]``, per block; NaN
+    """``L`` with ``H^-1 = L L^T``, its inverse, and half the log determinant of ``H [B, M, M]``, per block; NaN
     where it is not positive definite.
 
     Returns:
@@ -240,7 +240,7 @@ def _linear_correction(
 ) -> Array:
     """[P, P] what the missing information of the draws lacks of the exact one, as far as the slopes are linear in x.
 
-    The slopes ``dU_b/dtheta ~ J_b (x - x_hat)`` have covariance ``J_b F F^T J_b^T``; the draws have their own.
+    The slopes ``dU_b/dtheta ~ a_b (x - x_hat)`` have covariance ``a_b L L^T a_b^T``; the draws have their own.
     """
     gradient_in_x = lambda t: jax.grad(lambda x: jnp.sum(terms_fn(t, x)))(x)  # noqa: E731
     slopes = jnp.moveaxis(jax.jacfwd(gradient_in_x)(theta), 0, 1)  # [P, D]
@@ -392,7 +392,7 @@ class WarmStart:
         return lowest[2] is not None
 
     def _look(self, step: np.ndarray) -> tuple[Expansion, float]:
-        """The expansion after a step, and the change of ``L_w``; infinite where there is no usable one."""
+        """The expansion after a step, and the change of ``F_w``; infinite where there is no usable one."""
         theta = np.asarray(self.theta + step, self.theta.dtype)
         there, here = jax.device_get(self.expand_fn(theta, self.here.mode.x)), self.here
         # The terms are subtracted first: totals of a million observations would cancel.

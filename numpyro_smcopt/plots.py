@@ -210,10 +210,10 @@ def plot_latents(
     """Posterior medians and intervals along the plate of a latent (a caterpillar plot), a panel per component.
 
     Args:
-        samples: ``{site: [S, G, ...]}`` from `get_samples`, or those of a report.
+        samples: ``{site: [S, groups, ...]}`` from `get_samples`, or those of a report.
         names: Which sites (default: all with a plate).
         log_weights: [S] weights of the samples, as a report has them.
-        labels: Names of the G members.
+        labels: Names of the groups.
         level: Probability of the intervals.
         sort: Whether members are sorted by the median of the first panel.
         figure: A figure or subfigure to draw into.
@@ -226,7 +226,9 @@ def plot_latents(
     sizes = {values.shape[1] for _, values in panels}
     if len(sizes) != 1 or (labels is not None and len(labels) not in sizes):
         got = "" if labels is None else f", and {len(labels)} labels"
-        raise ValueError(f"plot_latents wants sites [S, G, ...] of one G; {names} have {sorted(sizes)}{got}.")
+        raise ValueError(
+            f"plot_latents wants sites [S, groups, ...] with the same groups; {names} have {sorted(sizes)}{got}."
+        )
     size = sizes.pop()
     tails = ((1 - level) / 2, 0.5, (1 + level) / 2)
     quantiles = [_weighted_quantiles(values, log_weights, tails) for _, values in panels]
@@ -264,7 +266,7 @@ def _scalars(run: RunResult, names: Sequence[str] | None) -> list[tuple[str, str
 
 
 def _components(name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """``[S, G, ...]`` as titled panels [S, G]."""
+    """``[S, groups, ...]`` as titled panels [S, groups]."""
     if values.ndim < 2:
         raise ValueError(f"Site '{name}' has shape {values.shape}, which has no axis of a plate behind the draws.")
     return [
@@ -274,7 +276,7 @@ def _components(name: str, values: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def _weighted_quantiles(values: np.ndarray, log_weights: Array | None, levels: Sequence[float]) -> np.ndarray:
-    """[len(levels), G] quantiles over the draws of ``values [S, G]``."""
+    """[len(levels), groups] quantiles over the draws of ``values [S, groups]``."""
     if log_weights is None:
         return np.quantile(values, levels, axis=0)
     weights = np.exp(np.asarray(log_weights, float) - np.max(log_weights))

@@ -42,7 +42,7 @@ class RandomNumbers(NamedTuple):
 
     Attributes:
         normal: [D] standard normal numbers.
-        uniform: [U] numbers in (0, 1), as many as the kernel asks for.
+        uniform: [num_uniforms] numbers in (0, 1), as many as the kernel asks for.
     """
 
     normal: Array
@@ -55,7 +55,7 @@ def draw_random_numbers(rng_key: Array, x: Array, num_uniforms: int) -> RandomNu
     Args:
         rng_key: A key.
         x: [N, D] the particles, of which only the shape and the type matter.
-        num_uniforms: U.
+        num_uniforms: Uniform numbers of a particle.
     """
     num_particles, num_latents = x.shape
     shape = (num_particles, num_latents + num_uniforms)

@@ -46,11 +46,11 @@ class Runs(NamedTuple):
     """Several independent runs.
 
     Attributes:
-        results: What each of the K runs would have returned by itself.
+        results: Those of the R runs, one by one.
         best: Which of them has the lowest loss.
-        losses: [K] what they are ranked by: minus the log evidence at the estimate, or for other objectives the mean
+        losses: [R] what they are ranked by: minus the log evidence at the estimate, or for other objectives the mean
             of the loss over the last quarter of a run.
-        loss_errors: [K] Monte Carlo standard deviations of these.
+        loss_errors: [R] Monte Carlo standard deviations of these.
         r_hat: ``{param site: array}``, the potential scale reduction of the iterates, see `convergence.r_hat`: near one
             where all runs ended at the same place, large where some did not. Empty if no iterates were kept.
         spread: ``{param site: array}``, the standard deviation of the estimates over the runs. Where R-hat is near

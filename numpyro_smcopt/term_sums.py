@@ -39,11 +39,11 @@ class SiteSum(NamedTuple):
         return tuple(size for axis, size in enumerate(self.shape) if axis not in self.axes)
 
     def add(self, terms: Array) -> Array:
-        """Terms in any shape to sums [F]."""
+        """Terms in any shape to sums."""
         return terms.reshape(self.shape).sum(self.axes).ravel()
 
     def owners(self, of_terms: Any) -> Any:
-        """The blocks of the terms to those of the sums, [F]; of NumPy or JAX."""
+        """The blocks of the terms to those of the sums; of NumPy or JAX."""
         return of_terms.reshape(self.shape).min(self.axes).ravel()
 
 
@@ -61,7 +61,7 @@ class Sums:
     double: bool = False
 
     def owners(self, of_terms: Any) -> Any:
-        """The blocks [F] of the sums from those of the terms, [K]; of NumPy or JAX."""
+        """The blocks of the sums from those of the terms, [K]; of NumPy or JAX."""
         numpy = np if isinstance(of_terms, np.ndarray) else jax.numpy
         ends = np.cumsum([math.prod(site.shape) for site in self.sites])[:-1].tolist()
         pieces = numpy.split(of_terms, ends)

@@ -4,14 +4,25 @@
 
 One letter, one meaning, in every docstring:
 
-    N   particles                      n, m   index of a particle
+    N   particles
     D   latent coordinates (unconstrained) of one particle
-    K   energy terms: one per site and batch element, log-Jacobians included
-    F   sums of energy terms, each within one site and block
+    K   energy terms: one per site and batch element, log-Jacobians included, or sums of them within a block
     B   blocks of latents that are independent given theta
     M   coordinates of the largest block
     P   coordinates of theta (unconstrained)
-    T   iterations
+    Q   coordinates of the parameters (constrained)
+    T   updates of a run, or steps of a path
+    R   independent replicates: runs, or sets of draws in a report
+    S   draws from the posterior
+    C   control variates: functions of known mean, such as the components of a mixture
+    J   points that are given or tried: data, reference samples, disturbances
+
+and one symbol, one meaning, in every equation:
+
+    U   energy                         F   loss, which is minimised: -log Z for a likelihood
+    H   Hessian of the energy          V   covariance
+    I   observed information, H - V    L   factor of a covariance: x = L z, with z roughly round
+    Z   marginal likelihood            G   factor on an unnormalised weight
 
 ``theta`` is a dictionary of pytrees on unconstrained space, ``params`` the same on the constrained scale of the
 model, ``x`` one particle as a flat vector ``[D]``, and the energy is ``U_theta(x) = -log p_theta(x, y)``.

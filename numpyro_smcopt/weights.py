@@ -7,7 +7,7 @@ from ``U`` to ``U'`` (and the particles move from ``x`` to ``x'``), it stands fo
 
     log G_i = U(x_i) - U'(x'_i) + log_ratio_i        log Z'/Z = log sum_i w_i G_i        w'_i = w_i G_i / sum_j w_j G_j
 
-where ``log_ratio = log L(x | x') - log K(x' | x)`` is zero for a move that leaves the new law invariant.
+where ``log_ratio = log q(x | x') - log q(x' | x)`` is zero for a move that leaves the new law invariant.
 
 Log weights have shape [N, B] or [N], letters as in `types`; they are normalised over N, block by block.
 """

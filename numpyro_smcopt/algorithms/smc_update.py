@@ -6,9 +6,9 @@ One update of ``theta_k`` and the weighted particles ``(x_i, w_i)`` of ``pi_thet
 
     g      = estimate of grad F(theta_k) from (x_i, w_i)
     theta' = step(theta_k, g)
-    invariant kernel:  w_i <- w_i exp(U_theta(x_i) - U_theta'(x_i));  resample;  x_i <- K_theta'(x_i, .)
-    weighted kernel:   x'_i ~ K_theta(x_i, .);  w_i <- w_i exp(U_theta(x_i) - U_theta'(x'_i)) L_theta'(x_i | x'_i)
-                       / K_theta(x'_i | x_i);  resample
+    invariant kernel:  w_i <- w_i exp(U_theta(x_i) - U_theta'(x_i));  resample;  x_i <- q_theta'(. | x_i)
+    weighted kernel:   x'_i ~ q_theta(. | x_i);  w_i <- w_i exp(U_theta(x_i) - U_theta'(x'_i)) q_theta'(x_i | x'_i)
+                       / q_theta(x'_i | x_i);  resample
 
 and ``log Z`` grows by the logarithm of the mean increment, block by block.
 

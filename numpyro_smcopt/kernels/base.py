@@ -8,7 +8,7 @@ There are two abstract kinds (del Moral, Doucet and Jasra 2006, section 3.3):
 increment is ``U_old(x) - U_new(x)`` at the old position.
 
 *Weighted kernels* do not. They are used as *move, weigh, resample*; besides the new particle they return the log ratio
-``log L(x | x') - log K(x' | x)`` of the backward and the forward kernel, and the increment is
+``log q(x | x') - log q(x' | x)`` of the backward and the forward kernel, and the increment is
 ``U_old(x) - U_new(x') + log_ratio``.
 
 A kernel never sees a model: it takes a `Potential`. Its randomness is an argument, drawn for the whole cloud at once.
@@ -107,7 +107,7 @@ class Kernel(abc.ABC):
 
         Returns:
             The new point under ``potential`` and, for each block [B], the acceptance probability (invariant kernels) or
-            ``log L(x | x') - log K(x' | x)`` (weighted ones).
+            ``log q(x | x') - log q(x' | x)`` (weighted ones).
         """
 
     @abc.abstractmethod
@@ -123,7 +123,7 @@ class Kernel(abc.ABC):
             step: Step sizes and preconditioner.
 
         Returns:
-            The point under the new potential and ``log L(x | x') - log K(x' | x)`` of each block, [B].
+            The point under the new potential and ``log q(x | x') - log q(x' | x)`` of each block, [B].
         """
 
     @abc.abstractmethod

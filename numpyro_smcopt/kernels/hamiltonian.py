@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Hamiltonian Monte Carlo: leapfrog steps of ``H = U(x) + |p|^2 / 2`` in the coordinates ``x = L z``.
+"""Hamiltonian Monte Carlo: leapfrog steps of the energy ``U(x) + |p|^2 / 2`` in the coordinates ``x = L z``.
 
     p <- p - (eps/2) L^T grad U(x),    x <- x + eps L p,    p <- p - (eps/2) L^T grad U(x),
 

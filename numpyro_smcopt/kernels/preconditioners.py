@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear maps ``x = L z`` under which a target looks round, and how they are found.
 
-``L = F diag(s)``: ``F`` an optional factor per block (from a Hessian ``H = F^-T F^-1``), ``s`` a scale per coordinate
+``L = L_H diag(s)``: ``L_H`` an optional factor per block (``L_H L_H^T = H^-1`` of a Hessian), ``s`` a scale per coordinate
 that follows the spread of the weighted particles with forgetting.
 """
 
@@ -27,11 +27,11 @@ class Curvature(NamedTuple):
 
 
 class Preconditioner(NamedTuple):
-    """``L = F diag(s)`` for one particle.
+    """``L = L_H diag(s)`` for one particle.
 
     Attributes:
         scale: [D] the diagonal ``s``.
-        factor: [B, M, M] the factors ``F``, or ``None`` for the identity.
+        factor: [B, M, M] the factors ``L_H``, or ``None`` for the identity.
         inverse: [B, M, M] their inverses.
     """
 
@@ -50,7 +50,7 @@ class Preconditioner(NamedTuple):
         )
 
     def unfactor(self, x: Array, blocks: Blocks) -> Array:
-        """``F^-1 x`` of ``x [D]``: the coordinates whose spread is ``s``."""
+        """``L_H^-1 x`` of ``x [D]``: the coordinates whose spread is ``s``."""
         return _multiply(self.inverse, x, blocks)
 
 
@@ -92,7 +92,7 @@ class Preconditioning:
 
 
 def cloud_variance(preconditioner: Preconditioner, x: Array, log_weights: Array, blocks: Blocks) -> Array:
-    """[D] weighted variance of the coordinates ``F^-1 x`` over the particles."""
+    """[D] weighted variance of the coordinates ``L_H^-1 x`` over the particles."""
     z = jax.vmap(lambda one: preconditioner.unfactor(one, blocks))(x)
     return block_moments(log_weights, z, blocks)[1]
 

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward of the samples, and a penalty for leaving a reference.
 
-    F(theta) = -E_pi[ R(x) ] + kl_weight * KL,        grad F = Cov_pi( R, grad_theta U ) + kl_weight * grad KL
+    F(theta) = -E_pi[ r(x) ] + kl_weight * KL,        grad F = Cov_pi( r, grad_theta U ) + kl_weight * grad KL
 
 The reward is needed pointwise, not its gradient in x. If it depends on theta (through a `numpyro.deterministic` site,
-say), ``-E_pi[grad_theta R]`` is added. Source: Marion et al. 2024; Cuin et al. 2026.
+say), ``-E_pi[grad_theta r]`` is added. Source: Marion et al. 2024; Cuin et al. 2026.
 """
 
 import dataclasses

@@ -141,7 +141,7 @@ def check_energies(target: Target, terms: Array | np.ndarray, sums: Sums = NO_SU
 
     Args:
         target: The target.
-        terms: [N, K] energy terms, or [N, F] sums of them.
+        terms: [N, K] energy terms, or fewer sums of them.
         sums: How terms may have been added up.
 
     Raises:

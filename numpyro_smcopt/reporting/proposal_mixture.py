@@ -35,18 +35,18 @@ TRUST = 2.0  # particles per coordinate that the Laplace approximation counts fo
 
 
 class ProposalMixture(NamedTuple):
-    """The Gaussian components, in the coordinates ``z`` of each block: ``x = center + F z``.
+    """The Gaussian components, in the coordinates ``z`` of each block: ``x = center + L z``.
 
     Attributes:
         center: [D] the mode.
         base: [K] energy terms there.
-        factor: [B, M, M] ``F``, with ``F F^T`` the inverse Hessian.
+        factor: [B, M, M] ``L``, with ``L L^T`` the inverse Hessian.
         inverse: [B, M, M] its inverse.
         mean: [B, M] mean of the cloud in z.
         spread: [B, M, M] Cholesky factor of its covariance in z.
         tightness: [B, M, M] the inverse of ``spread``.
         laplace: [B] log evidence of each block by the Laplace approximation, relative to ``-base``.
-        concave: [B] bool, whether there is such an approximation; elsewhere ``F`` is diagonal, from the cloud.
+        concave: [B] bool, whether there is such an approximation; elsewhere ``L`` is diagonal, from the cloud.
     """
 
     center: Array

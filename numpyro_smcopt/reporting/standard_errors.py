@@ -115,7 +115,7 @@ def curvature_of(
     identified, covariance = np.zeros(size, bool), np.zeros((size, size))
     identified[used] = np.sum(components[:, singular] ** 2, 1) < PART
     covariance[pairs] = (directions[:, ~singular] / values[~singular]) @ directions[:, ~singular].T
-    # d(C) = -C dI C, and a standard error is half as sensitive as a variance.
+    # d(I^-1) = -I^-1 dI I^-1, and a standard error is half as sensitive as a variance.
     spread = np.sum(covariance * ((information - information.mean(0)) @ covariance), 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         se_noise = np.where(identified, mean_and_error(spread)[1] / (2 * np.diag(covariance)), np.nan)

@@ -2,17 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents that move along with theta, so that derivatives of the marginal likelihood lose their noise.
 
-For any smooth map ``T_delta`` of the latents with ``T_0 = id``,
+For any smooth map ``phi_delta`` of the latents with ``phi_0 = id``,
 
-    p_{theta + delta}(y) = int exp(-U_{theta + delta}(T_delta(x))) |det dT_delta / dx| dx,
+    p_{theta + delta}(y) = int exp(-U_{theta + delta}(phi_delta(x))) |det dphi_delta / dx| dx,
 
-so the energy may be replaced by ``psi(delta, x) = U_{theta + delta}(T_delta(x)) - log |det dT_delta / dx|`` wherever
+so the energy may be replaced by ``psi(delta, x) = U_{theta + delta}(phi_delta(x)) - log |det dphi_delta / dx|`` wherever
 the marginal likelihood is differentiated in delta: the expectations of Fisher's and Louis' identities stay what they
-are, for every T. Their noise does not. With the map that carries the Laplace approximation of ``pi_theta`` to that of
+are, for every such map. Their noise does not. With the map that carries the Laplace approximation of ``pi_theta`` to that of
 ``pi_{theta + delta}``,
 
-    T_delta(x) = x_hat + F (alpha . delta + exp(beta . delta) z),      x = x_hat + F z,  F F^T = H^-1,
-    alpha_p = -F^T d_p grad_x U,      beta_p = -1/2 F^T (d_p + d_p x_hat . grad_x) H F,
+    phi_delta(x) = x_hat + L (alpha . delta + exp(beta . delta) z),      x = x_hat + L z,  L L^T = H^-1,
+    alpha_p = -L^T d_p grad_x U,      beta_p = -1/2 L^T (d_p + d_p x_hat . grad_x) H L,
 
 ``psi`` hardly depends on x: to first order not at all where the posterior is Gaussian. Nothing then is missing from the
 information, and gradient and Hessian are exact up to what is not Gaussian. The density must be continuous in x.
@@ -93,7 +93,7 @@ def laplace_transport(
 def moved_terms(
     terms_fn: Callable[[Array, Array], Array], mixture: ProposalMixture, blocks: Blocks
 ) -> Callable[[Moved, Array], Array]:
-    """``(Moved, x [D]) -> [K]``, the energy terms of ``U_{theta + delta}(T_delta(x))``, right to second order.
+    """``(Moved, x [D]) -> [K]``, the energy terms of ``U_{theta + delta}(phi_delta(x))``, right to second order.
 
     What is missing of ``psi`` is the log volume, which does not depend on x: see `Moved.log_volume_slopes`.
     """

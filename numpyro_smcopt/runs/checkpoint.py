@@ -28,7 +28,7 @@ class RunSettings(NamedTuple):
 
     Attributes:
         num_steps: Updates of every run, at most.
-        num_runs: K, how many runs are made at once.
+        num_runs: R, the number of runs made at once.
         early_stop: When they end before; None for never.
         ranking_key: Randomness of the ranking of several runs; None for one.
         checkpoint_every: Updates between two checkpoints.

@@ -10,10 +10,10 @@ Flegal 2022). Two questions are asked:
 *Does theta still move?* The score statistic ``z_j = mean(g_j) / se(mean(g_j))`` is compared with the quantile of
 Student's t that noise alone exceeds in one of a thousand runs (`LEVEL`, divided by the number of parameters).
 
-*How much is left to be gained?* With ``M`` the information, the mean of the iterates is expected to fall short of the
+*How much is left to be gained?* With ``I`` the information, the mean of the iterates is expected to fall short of the
 minimum of the loss by
 
-    shortfall = ( mean(g)^T M^-1 mean(g)  +  tr(M^-1 V_g)  +  tr(M V_theta) ) / 2,
+    shortfall = ( mean(g)^T I^-1 mean(g)  +  tr(I^-1 V_g)  +  tr(I V_theta) ) / 2,
 
 ``V`` being covariances of the means of the tail: what the mean gradient still promises, what is not known of it, and
 how far the mean iterate was shaken. For the marginal likelihood this is in nats, whatever the units of the parameters.
@@ -120,7 +120,7 @@ def r_hat(paths: np.ndarray) -> np.ndarray:
     smaller than the rounding of the iterates count as none.
 
     Args:
-        paths: [T, K, ...] iterates of K runs.
+        paths: [T, R, ...] iterates of R runs.
 
     Returns:
         [...] of every coordinate; NaN for fewer than four iterates or two runs.

@@ -135,7 +135,7 @@ def _check_loss(algorithm: Algorithm, loss: Array) -> None:
 
 
 def split_init_params(bound: BoundTarget, rng_key: Array, init_params: Params | None, num_runs: int) -> list[Any]:
-    """Starting values of each of several runs, from values with or without a leading axis of K, site by site."""
+    """Starting values of each of several runs, from values with or without a leading axis of R, site by site."""
     if num_runs == 1 or not init_params:
         return [init_params] * num_runs
     init_params = check_init_params(bound.target.sites.params, init_params)

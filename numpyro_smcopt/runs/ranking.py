@@ -24,7 +24,7 @@ def rank(
         bound: The model with its data.
         rng_key: Randomness.
         results: Of every run.
-        trajectories: Iterates of all runs, [T, K, ...].
+        trajectories: Iterates of all runs, [T, R, ...].
     """
     interrupted = any(result.status is Status.INTERRUPTED for result in results)
     if algorithm.maximises_likelihood and not interrupted:

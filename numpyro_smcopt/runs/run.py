@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run, or several at once: from first states, or states to go on from, through the updates to what is returned.
 
-One run is K runs with K = 1, see `run_axis`. A record of an update is a triple: the scalars among its diagnostics, the
+One run is R runs with R = 1, see `run_axis`. A record of an update is a triple: the scalars among its diagnostics, the
 constrained iterate, and the path that convergence is seen from (unconstrained iterate and gradient); the latter two are
 empty where theta is too large.
 """
@@ -55,7 +55,7 @@ class Driver:
 
         Args:
             rng_key: Randomness.
-            init_params: Constrained starting values, of the shape of their site or with a leading axis of K.
+            init_params: Constrained starting values, of the shape of their site or with a leading axis of R.
 
         Raises:
             ValueError: If a run cannot start; of several, a note says which.

@@ -28,7 +28,7 @@ class RunAxis:
     """The axis of ``num_runs`` runs; none for one.
 
     Args:
-        num_runs: K.
+        num_runs: R.
     """
 
     num_runs: int
@@ -74,7 +74,7 @@ class RunAxis:
         return _picked(stacked._replace(blocks=None), k)._replace(blocks=stacked.blocks)
 
     def records_of(self, k: int, records: Any) -> Any:
-        """Records [T, ...] of one of the runs, from those of all [T, K, ...]."""
+        """Records [T, ...] of one of the runs, from those of all [T, R, ...]."""
         return records if self.num_runs == 1 else jax.tree.map(lambda leaf: leaf[:, k], records)
 
     def name(self, k: int, messages: Sequence[Any]) -> list[str]:

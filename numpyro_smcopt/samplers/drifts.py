@@ -18,7 +18,7 @@ DEFAULT_PARTICLES = 256
 
 
 def drift_of(target: Target) -> Callable[[Theta, Array, Array], Array]:
-    """The drift ``(theta, time [], y [*S]) -> [*S]`` of one particle."""
+    """The drift ``(theta, time [], y [...]) -> [...]`` of one particle."""
     return lambda theta, t, y: target.output(theta)(t, y)
 
 
@@ -44,7 +44,7 @@ def check_initial(initial: Any) -> None:
 
 
 def draw_initial(initial: Any, rng_key: Array) -> Array:
-    """One ``Y_0``, [*S]."""
+    """One ``Y_0``."""
     y = initial.sample(rng_key) if hasattr(initial, "sample") else initial(rng_key)
     return jnp.asarray(y, jnp.result_type(float))
 
@@ -97,7 +97,7 @@ class Rated(NamedTuple):
 
 
 def rate(objective: Reward, y: Array) -> Rated:
-    """Rewards of samples [N, *S], those that are not finite left out; differentiable in ``y``."""
+    """Rewards of samples [N, ...], those that are not finite left out; differentiable in ``y``."""
     reward_of = lambda y: jnp.asarray(objective.reward_fn({"y": y}), y.dtype)  # noqa: E731
     kept = jnp.isfinite(jax.vmap(reward_of)(jax.lax.stop_gradient(y)))
     # Where the reward is not finite its gradient need not be either, not even times zero.

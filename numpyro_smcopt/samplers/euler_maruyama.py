@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A diffusion from noise to samples in T steps, with a queue of batches on their way.
 
-Simulating T steps for every update of theta is a loop in a loop. The queue does them side by side instead: M batches
-stand at times 0, c, 2c, ... with ``c = T / M``; every update advances all of them by c steps under the present theta,
-the foremost is finished and gives a gradient, and a new one starts. A finished path was then made by the last M thetas:
+Simulating T steps for every update of theta is a loop in a loop. The queue does them side by side instead: its batches
+stand at times 0, c, 2c, ... with ``c = T / num_batches``; every update advances all of them by c steps under the present theta,
+the foremost is finished and gives a gradient, and a new one starts. A finished path was then made by the last ``num_batches`` thetas:
 slower thetas, or fewer batches, make it less stale; with one batch it is the loop in a loop, and nothing is stale.
 
 Source: Marion et al. 2024, algorithm 3.
@@ -39,13 +39,13 @@ from numpyro_smcopt.types import Array, Theta
 
 
 class Paths(enum.Enum):
-    """Where the states of a path are when its gradient is formed; N particles of size S, T steps, M batches.
+    """Place of the states of a path, T steps of N particles, until its gradient is formed.
 
-    ``RESIMULATED``: a batch is known by its key and its start, N S numbers, and is simulated under the present theta
-    when its gradient is formed, which takes T N S numbers for the time; nothing is stale.
-    ``CHECKPOINTED``: the same with 2 sqrt(T) N S numbers, for one more simulation.
-    ``STORED``: every batch on its way keeps its path, (M + 1) T N S numbers and a copy in an update; the gradient is
-    that along the path as it was made. Only this way there can be several batches, whose steps are made side by side:
+    ``RESIMULATED``: a batch is known by its key and its start [N, ...], and is simulated under the present theta when
+    its gradient is formed, which takes memory for T times as many numbers meanwhile; nothing is stale.
+    ``CHECKPOINTED``: the same with 2 sqrt(T) times as many numbers, for one more simulation.
+    ``STORED``: every batch on its way keeps its path; ``num_batches + 1`` of them, and a copy in an update. The gradient
+    is that along the path as it was made. Only this way there can be several batches, whose steps are made side by side:
     it spares time where one batch leaves a part of the device idle.
     """
 
@@ -71,8 +71,8 @@ class Batch(NamedTuple):
 
     Attributes:
         key: Of its noise.
-        y: [N, *S] where it is; its start, if paths are not stored.
-        path: [T, N, *S] where it was at the steps before; T = 0 if paths are not stored.
+        y: [N, ...] where it is; its start, if paths are not stored.
+        path: [T, N, ...] where it was at the steps before; T = 0 if paths are not stored.
         cost: [N] ``sum_t r_t`` so far.
     """
 
@@ -86,7 +86,7 @@ class Queue(NamedTuple):
     """State of `EulerMaruyama`.
 
     Attributes:
-        waiting: The batches on their way, the newest first, arrays [M, ...]; M = 0 if paths are not stored.
+        waiting: The batches on their way, the newest first, arrays [num_batches, ...]; none if paths are not stored.
         ready: The batch whose gradient is next.
     """
 
@@ -104,7 +104,7 @@ class EulerMaruyama(Sampler):
             net = flax_module("net", Network(), jnp.zeros(3))
             return lambda t, y: net(jnp.append(y, t))
 
-    The objective is `objectives.Reward`, of one sample ``{"y": [*S]}``, with ``kl=PathKL(reference_params=...)`` for a
+    The objective is `objectives.Reward`, of one sample ``{"y": [...]}``, with ``kl=PathKL(reference_params=...)`` for a
     penalty. A learning rate is needed: Adam(1e-3) by default.
 
     Args:
@@ -113,7 +113,7 @@ class EulerMaruyama(Sampler):
         noise_scale: ``sigma``: a number, or a function of time.
         gradient: How the loss is differentiated.
         paths: Where paths are kept meanwhile.
-        num_batches: M, for stored paths; it divides T.
+        num_batches: For stored paths; it divides T.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -219,7 +219,7 @@ class EulerMaruyama(Sampler):
         return Queue(waiting, jax.tree.map(lambda leaf: leaf[-1], moved)), {}
 
     def _advanced(self, dynamics: Dynamics, theta: Theta, batches: Batch, places: Array) -> Batch:
-        """Batches [M, ...], each moved on by its share of the steps from its place in the queue."""
+        """Batches [num_batches, ...], each moved on by its share of the steps from its place in the queue."""
         share = (len(self.times) - 1) // self.num_batches
 
         def one(batch: Batch, index: Array) -> Batch:
@@ -249,7 +249,7 @@ class EulerMaruyama(Sampler):
         return Assessed(flat, said.loss, jnp.ones_like(said.loss), said.diagnostics, said.num_masked)
 
     def _ends(self, objective: Reward, y: Array, cost: Array) -> tuple[Ends, "_Said"]:
-        """What the loss says at the ends [N, *S] of paths that cost [N], and its gradient there."""
+        """What the loss says at the ends [N, ...] of paths that cost [N], and its gradient there."""
         weight, rated, kl = objective.kl_weight, rate(objective, y), jnp.mean(cost)
         of_kl = jnp.full_like(cost, weight / len(cost))
         if self.gradient is Gradient.ADJOINT:

@@ -10,14 +10,14 @@ drift is exact (Girsanov; the initial laws are equal) and bounds that of ``Y_T``
     KL = E sum_t r_t,      r_t = h_t / (2 sigma_t^2) |b_theta(s_t, Y_t) - b_ref(s_t, Y_t)|^2
 
 A loss ``E[c(Y_T)] + beta KL`` has two gradients. The *adjoint* differentiates the recursion itself, backwards from
-``A_T = grad c(Y_T)``,
+``a_T = grad c(Y_T)``,
 
-    G += d_theta [ h_t b_t . A_{t+1} + beta r_t ],      A_t = A_{t+1} + d_y [ h_t b_t . A_{t+1} + beta r_t ].
+    g += d_theta [ h_t b_t . a_{t+1} + beta r_t ],      a_t = a_{t+1} + d_y [ h_t b_t . a_{t+1} + beta r_t ].
 
 The *score function* needs no gradient of c:
 
-    E[ (C - mean C) sum_t h_t (d_theta b_t)^T xi_t / (sigma_t sqrt(h_t)) ] + beta E sum_t d_theta r_t,
-    C = c(Y_T) + beta sum_t r_t,
+    E[ (k - mean k) sum_t h_t (d_theta b_t)^T xi_t / (sigma_t sqrt(h_t)) ] + beta E sum_t d_theta r_t,
+    k = c(Y_T) + beta sum_t r_t,
 
 with ``N - 1`` instead of N. Source: Marion et al. 2024, section 4; Li et al. 2020 for the adjoint of the limit.
 """
@@ -34,7 +34,7 @@ from numpyro_smcopt.random_numbers import draw_normals
 from numpyro_smcopt.types import Array, Theta
 
 Drift = Callable[[Theta, Array, Array], Array]
-"""``(theta, time [], y [*S]) -> [*S]``, for one particle."""
+"""``(theta, time [], y [...]) -> [...]``, for one particle."""
 
 
 class Grid(NamedTuple):
@@ -75,13 +75,13 @@ class Dynamics(NamedTuple):
         return here.step * drift, here.step / (2 * here.noise**2) * jnp.sum(difference**2)
 
     def advance(self, theta: Theta, here: Grid, y: Array, rng_key: Array) -> tuple[Array, Array]:
-        """One step of a batch [N, *S], and ``r_t`` [N]."""
+        """One step of a batch [N, ...], and ``r_t`` [N]."""
         moved, rate = jax.vmap(lambda one: self.moved(theta, here, one))(y)
         return y + moved + here.noise * jnp.sqrt(here.step) * step_noise(rng_key, here, y), rate
 
 
 def step_noise(rng_key: Array, here: Grid, y: Array) -> Array:
-    """``xi_t`` of a batch [N, *S] whose key this is: the same whenever the step is simulated again."""
+    """``xi_t`` of a batch [N, ...] whose key this is: the same whenever the step is simulated again."""
     return draw_normals(random.fold_in(rng_key, here.number), y.shape, y.dtype)
 
 
@@ -91,11 +91,11 @@ def simulate(dynamics: Dynamics, theta: Theta, y: Array, rng_key: Array) -> tupl
     Args:
         dynamics: What is simulated.
         theta: Parameters.
-        y: [N, *S] ``Y_0``.
+        y: [N, ...] ``Y_0``.
         rng_key: The key of the batch.
 
     Returns:
-        ``Y_T``; the path [T, N, *S], ``Y_0`` to ``Y_{T-1}``; and ``sum_t r_t`` [N].
+        ``Y_T``; the path [T, N, ...], ``Y_0`` to ``Y_{T-1}``; and ``sum_t r_t`` [N].
     """
 
     def body(carry: tuple[Array, Array], here: Grid) -> tuple[tuple[Array, Array], Array]:
@@ -111,7 +111,7 @@ class Ends(NamedTuple):
     """Where the gradient of a loss starts from, at the ends of the paths.
 
     Attributes:
-        adjoint: [N, *S] ``A_T``; None for the score function.
+        adjoint: [N, ...] ``a_T``; None for the score function.
         coefficients: [N] of the scores of the paths; None for the adjoint.
         kl: [N] of ``sum_t r_t``.
     """
@@ -122,7 +122,7 @@ class Ends(NamedTuple):
 
 
 def backward(dynamics: Dynamics, theta: Theta, path: Array, rng_key: Array, ends: Ends) -> Theta:
-    """The gradient of a loss, from the path [T, N, *S] of a batch.
+    """The gradient of a loss, from the path [T, N, ...] of a batch.
 
     Args:
         dynamics: What was simulated.
@@ -143,7 +143,7 @@ def checkpointed_backward(
     Args:
         dynamics: What is simulated.
         theta: Parameters.
-        y: [N, *S] ``Y_0``.
+        y: [N, ...] ``Y_0``.
         rng_key: The key of the batch.
         ends_of: ``Y_T`` and ``sum_t r_t`` to `Ends`, and whatever else is wanted of them.
 
@@ -193,7 +193,7 @@ def _sweep(
     ends: Ends,
     carry: tuple[Array, Theta],
 ) -> tuple[Array, Theta]:
-    """Backwards over some steps: the adjoint [N, *S] and the gradient so far."""
+    """Backwards over some steps: the adjoint [N, ...] and the gradient so far."""
 
     def body(carry: tuple[Array, Theta], at: tuple[Grid, Array]) -> tuple[tuple[Array, Theta], None]:
         (adjoint, gradient), (here, y) = carry, at

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The natural gradient, without a learning rate: the default for losses other than the marginal likelihood.
 
-    theta' = theta - (gain / curvature) G^-1 g,      G = Cov_pi( grad_theta U )
+    theta' = theta - (gain / curvature) V^-1 g,      V = Cov_pi( grad_theta U )
 
-It knows the units of the parameters from the Fisher information ``G`` and those of the loss from its ``curvature``
-relative to ``G``. ``G`` is that of the particles: in units of its diagonal its eigenvalues are uncertain by about
+It knows the units of the parameters from the Fisher information ``V`` and those of the loss from its ``curvature``
+relative to ``V``. ``V`` is that of the particles: in units of its diagonal its eigenvalues are uncertain by about
 ``P / N``, and where there are more parameters than particles, they see no more than a part of it. That much is added to
 the diagonal, in the step and in what bounds its length. A coordinate on which the law does not depend stays. What a
 step leaves of the effective particles is tried before it is made, for a network is linear over short distances only.

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step towards a maximum of the marginal likelihood, without a learning rate.
 
-    theta' = theta - gain * M^-1 g
+    theta' = theta - gain * I^-1 g
 
-It knows the units of the parameters from the information in the particles: ``M`` is Louis' observed information
-``H - F`` (see `uncertainty`), formed where ``H`` is the identity and with its eigenvalues floored, so that a noisy or
+It knows the units of the parameters from the information in the particles: ``I`` is Louis' observed information
+``H - V`` (see `information`), formed where ``H`` is the identity and with its eigenvalues floored, so that a noisy or
 indefinite estimate still gives a descent direction no longer than a few EM steps. Gain, length and average follow the
-rules of `theta_step.base`; the variance that limits the length comes from ``F``, split over blocks as on average over
+rules of `theta_step.base`; the variance that limits the length comes from ``V``, split over blocks as on average over
 theta.
 """
 
@@ -35,7 +35,7 @@ class NaturalState(NamedTuple):
         num_updates: [] so far.
         reversals: [] how often a gradient disagreed with the step before it.
         information: Running complete and missing information.
-        metric: [P, P] ``M^-1``.
+        metric: [P, P] ``I^-1``.
         last: [P] the last direction.
         average: [P] the running average of theta.
     """
@@ -67,7 +67,7 @@ class NaturalStep:
     Args:
         target_ess: Fraction of effective particles that a step of theta may cost a block, to first order.
         refresh_every: Updates between two evaluations of the information.
-        floor: Smallest eigenvalue of ``M`` relative to the complete information.
+        floor: Smallest eigenvalue of ``I`` relative to the complete information.
         forgetting: Smallest weight of the newest information in the running mean.
         patience: Reversals after which the gain starts to fall.
     """
@@ -138,11 +138,11 @@ def running_mean(old: Information, new: Information, renewals: Array, forgetting
 
 
 def inverse_metric(information: Information, floor: float) -> Array:
-    """``M^-1 [P, P]`` with ``M = H - F``, floored.
+    """``I^-1 [P, P]`` with ``I = H - V``, floored.
 
     Args:
-        information: ``H`` and ``F``.
-        floor: Smallest eigenvalue of ``H^-1/2 (H - F) H^-1/2``.
+        information: ``H`` and ``V``.
+        floor: Smallest eigenvalue of ``H^-1/2 (H - V) H^-1/2``.
     """
     complete, missing = information.complete, information.missing
     scale = 1 / jnp.sqrt(jnp.maximum(jnp.abs(jnp.diag(complete)), 1e-30))

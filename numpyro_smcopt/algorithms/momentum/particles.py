@@ -3,10 +3,10 @@
 """Motion of the particles with momentum: velocities, a metric, a pace, and its cost in bias.
 
 Unadjusted moves of step size h inflate the variance along a direction of curvature c to ``(1/c) / (1 - c h / 2)``,
-with or without momentum. The largest curvature of a block is the largest eigenvalue of ``S = Cov(s)``, s being the
-gradient in the coordinates of the metric, except that S is inflated by the same factor:
+with or without momentum. The largest curvature of a block is the largest eigenvalue of ``V = Cov(s)``, s being the
+gradient in the coordinates of the metric, except that V is inflated by the same factor:
 
-    m = top eigenvalue of S = c / (1 - c h / 2),       hence       c h / 2 = (m h / 2) / (1 + m h / 2)
+    m = top eigenvalue of V = c / (1 - c h / 2),       hence       c h / 2 = (m h / 2) / (1 + m h / 2)
 
 m comes from a power iteration that takes one step an update, with forgetting, after a few on the first cloud. A step
 size that is not given is chosen for a tolerated bias ``c h / 2``, and the momentum is critical for a direction of unit

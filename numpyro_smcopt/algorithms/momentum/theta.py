@@ -1,11 +1,11 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How ``theta`` moves with momentum: a velocity, a metric, a pace, and an average.
+"""Motion of ``theta`` with momentum: a velocity, a metric, a pace, and an average.
 
-    ahead  = theta + lookahead v,       g = P(gradient at ahead)
+    ahead  = theta + lookahead v,       g = metric(gradient at ahead)
     theta' = theta + carry v - drift g,   v' = decay v - kick g
 
-with the numbers of an `Integrator`. The metric ``P`` is any optax transformation, or, by default and where it can be
+with the numbers of an `Integrator`. The metric is any optax transformation, or, by default and where it can be
 afforded, the inverse of the complete-data information ``H``: a gradient step of length one is then a step of the EM
 algorithm, in any units. What EM lacks is speed where much information is missing, and that is what momentum gives:
 with ``lambda`` the smallest eigenvalue of the observed information relative to ``H`` (the largest is at most one),
