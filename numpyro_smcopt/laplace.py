@@ -11,10 +11,10 @@ Blocks make it cheap: the Hessians of all blocks come from as many Hessian-vecto
 coordinates, and modes are found by one damped Newton iteration per block, all at once.
 
 The warm start walks to the neighbourhood of the maximum with the step of `theta_step`, the particles being draws from
-the approximation, and ``F_w`` deciding how far to go: with few observations per latent, ``F_0`` alone may be tens of nats
-off, and lower at the end of a scale than it should be. The draws are centred at the mean of the latents rather than at
-their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``F_0``, and a step
-downhill. It costs no accuracy (the particles have the last word) and makes far starting points harmless.
+the approximation, and ``F_w`` deciding how far to go: with few observations per latent, ``F_0`` alone may be tens of
+nats off, and lower at the end of a scale than it should be. The draws are centred at the mean of the latents rather
+than at their mode (by ``delta``, the first correction for skewness); only then is their gradient that of ``F_0``, and a
+step downhill. It costs no accuracy (the particles have the last word) and makes far starting points harmless.
 
 On the way a scale may fall so far below the noise that the likelihood no longer depends on it (for a standard
 deviation ``s`` of latents the slope in ``log s`` goes to zero as ``s^2``). Such a plateau looks like a maximum to

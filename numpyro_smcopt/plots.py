@@ -227,7 +227,7 @@ def plot_latents(
     if len(sizes) != 1 or (labels is not None and len(labels) not in sizes):
         got = "" if labels is None else f", and {len(labels)} labels"
         raise ValueError(
-            f"plot_latents wants sites [S, groups, ...] with the same groups; {names} have {sorted(sizes)}{got}."
+            f"plot_latents wants sites [S, groups, ...] of the same groups; {names} have {sorted(sizes)}{got}."
         )
     size = sizes.pop()
     tails = ((1 - level) / 2, 0.5, (1 + level) / 2)

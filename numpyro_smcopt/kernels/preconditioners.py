@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear maps ``x = L z`` under which a target looks round, and how they are found.
 
-``L = L_H diag(s)``: ``L_H`` an optional factor per block (``L_H L_H^T = H^-1`` of a Hessian), ``s`` a scale per coordinate
-that follows the spread of the weighted particles with forgetting.
+``L = L_H diag(s)``: ``L_H`` an optional factor per block (``L_H L_H^T = H^-1`` of a Hessian), ``s`` a scale per
+coordinate that follows the spread of the weighted particles with forgetting.
 """
 
 import dataclasses

@@ -6,10 +6,10 @@ For any smooth map ``phi_delta`` of the latents with ``phi_0 = id``,
 
     p_{theta + delta}(y) = int exp(-U_{theta + delta}(phi_delta(x))) |det dphi_delta / dx| dx,
 
-so the energy may be replaced by ``psi(delta, x) = U_{theta + delta}(phi_delta(x)) - log |det dphi_delta / dx|`` wherever
-the marginal likelihood is differentiated in delta: the expectations of Fisher's and Louis' identities stay what they
-are, for every such map. Their noise does not. With the map that carries the Laplace approximation of ``pi_theta`` to that of
-``pi_{theta + delta}``,
+so the energy may be replaced by ``psi(delta, x) = U_{theta + delta}(phi_delta(x)) - log |det dphi_delta / dx|``
+wherever the marginal likelihood is differentiated in delta: the expectations of Fisher's and Louis' identities stay
+what they are, for every such map. Their noise does not. With the map that carries the Laplace approximation of
+``pi_theta`` to that of ``pi_{theta + delta}``,
 
     phi_delta(x) = x_hat + L (alpha . delta + exp(beta . delta) z),      x = x_hat + L z,  L L^T = H^-1,
     alpha_p = -L^T d_p grad_x U,      beta_p = -1/2 L^T (d_p + d_p x_hat . grad_x) H L,

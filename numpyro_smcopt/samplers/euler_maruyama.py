@@ -3,9 +3,10 @@
 """A diffusion from noise to samples in T steps, with a queue of batches on their way.
 
 Simulating T steps for every update of theta is a loop in a loop. The queue does them side by side instead: its batches
-stand at times 0, c, 2c, ... with ``c = T / num_batches``; every update advances all of them by c steps under the present theta,
-the foremost is finished and gives a gradient, and a new one starts. A finished path was then made by the last ``num_batches`` thetas:
-slower thetas, or fewer batches, make it less stale; with one batch it is the loop in a loop, and nothing is stale.
+stand at times 0, c, 2c, ... with ``c = T / num_batches``; every update advances all of them by c steps under the
+present theta, the foremost is finished and gives a gradient, and a new one starts. A finished path was then made by the
+last ``num_batches`` thetas: slower thetas, or fewer batches, make it less stale; with one batch it is the loop in a
+loop, and nothing is stale.
 
 Source: Marion et al. 2024, algorithm 3.
 """
@@ -44,9 +45,9 @@ class Paths(enum.Enum):
     ``RESIMULATED``: a batch is known by its key and its start [N, ...], and is simulated under the present theta when
     its gradient is formed, which takes memory for T times as many numbers meanwhile; nothing is stale.
     ``CHECKPOINTED``: the same with 2 sqrt(T) times as many numbers, for one more simulation.
-    ``STORED``: every batch on its way keeps its path; ``num_batches + 1`` of them, and a copy in an update. The gradient
-    is that along the path as it was made. Only this way there can be several batches, whose steps are made side by side:
-    it spares time where one batch leaves a part of the device idle.
+    ``STORED``: every batch on its way keeps its path; ``num_batches + 1`` of them, and a copy in an update. The
+    gradient is that along the path as it was made. Only this way there can be several batches, whose steps are made
+    side by side: it spares time where one batch leaves a part of the device idle.
     """
 
     RESIMULATED = "resimulated"
