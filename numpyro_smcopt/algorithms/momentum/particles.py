@@ -20,6 +20,8 @@ curvature that the particles meet on their way,
     k = sum (s' - s) . (z' - z) / sum |z' - z|^2        over the particles, and the updates with forgetting
 
 is that of the unstable direction as soon as there is one; a chosen step never exceeds half of the limit that k gives.
+k knows only where particles went, so a chosen step grows slowly: a particle that a long step throws up a wall raises m,
+m shortens the steps, and with short steps it stays there.
 """
 
 import dataclasses
@@ -54,6 +56,7 @@ MARGIN = 2.0  # that a chosen step size keeps from it
 LARGEST_TOLERANCE = STABILITY_LIMIT / MARGIN / 2  # a bias that is reached at that margin
 FIRST_ITERATIONS = 10  # of the power iteration, on the first cloud
 SECANT_FORGETTING = 0.1  # weight of the newest secants
+GROWTH = 1.1  # of a chosen step size in one update, so that secants meet what the cloud did not, before steps are long
 
 
 class Secants(NamedTuple):
@@ -200,6 +203,7 @@ class LatentStep:
                 stability = _stability(secants, pace)
                 stable = pace.step_size / (MARGIN * jnp.where(stability > 0, stability, 1.0))
                 size = jnp.where(stability > 0, jnp.minimum(size, stable), size)
+                size = jnp.minimum(size, GROWTH * state.pace.step_size)
 
         # Metric
         log_weights = jnp.full((len(before), blocks.num_blocks), -np.log(len(before)), before.dtype)
