@@ -259,7 +259,7 @@ class Scheduled:
         return jnp.zeros((), jnp.int32)
 
     def value(self, state: Array) -> Array:
-        """What the schedule says."""
+        """The value of the schedule."""
         return jnp.asarray(self.schedule(state))
 
     def update(self, state: Array, observed: Array) -> Array:
@@ -270,7 +270,7 @@ class Scheduled:
 
 # -- the length of a step of theta -------------------------------------------------------------------------------------
 class StepProbe(NamedTuple):
-    """What a step of theta would do to the weights; functions, so that only what is asked for is computed.
+    """Effect of a step of theta on the weights; functions, so that only what is asked for is computed.
 
     Attributes:
         log_weights: [N, B] normalised log weights before the step.

@@ -49,7 +49,7 @@ def find_blocks(probe: ProbeFn, points: np.ndarray, num_terms: int, units: np.nd
 
 
 def probe_rows(num_coordinates: int) -> int:
-    """How many points `find_blocks` has evaluated at once."""
+    """Number of points that `find_blocks` has evaluated at once."""
     return KINDS * _masks_per_call(num_coordinates)
 
 
@@ -58,7 +58,7 @@ def _masks_per_call(num_coordinates: int) -> int:
 
 
 class _Prober:
-    """Which terms react when sets of coordinates are disturbed: masks ``[J, D]`` to ``[J, K]``."""
+    """The terms that react when sets of coordinates are disturbed: masks ``[J, D]`` to ``[J, K]``."""
 
     def __init__(self, probe: ProbeFn, points: np.ndarray) -> None:
         num = points.shape[-1]
@@ -178,7 +178,7 @@ def _decode_units(react: _Prober, units: np.ndarray, num_terms: int) -> np.ndarr
 
 
 def dependence_violated(terms_fn: Callable[[Array], Array], x: Array, blocks: Blocks, rng_key: Array) -> Array:
-    """Whether some term depends on a latent outside its block.
+    """True if some term depends on a latent outside its block.
 
     Along a direction that moves some of the blocks, the terms of the others must have no derivative.
 

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a program does now and then."""
+"""Parts of a program that run now and then."""
 
 from collections.abc import Callable
 from typing import TypeVar

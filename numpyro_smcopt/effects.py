@@ -35,7 +35,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def handlers_are_active() -> bool:
-    """Whether a handler stands around the present code, so that a program traced now must not be kept."""
+    """True if a handler stands around the present code, so that a program traced now must not be kept."""
     return bool(_PYRO_STACK)
 
 
@@ -188,7 +188,7 @@ def _in_place_of(value: Any, replaced: Any, name: str) -> Any:
 
 # -- handlers ------------------------------------------------------------------------------------------------------
 class Rule(Protocol):
-    """How a control follows a diagnostic; hashable, for instance a frozen dataclass. See `adaptation`."""
+    """A rule by which a control follows a diagnostic; hashable, for instance a frozen dataclass. See `adaptation`."""
 
     @property
     def observes(self) -> str:
@@ -198,7 +198,7 @@ class Rule(Protocol):
         """The state at the start, a pytree of arrays; ``value`` is what the control would be without the rule."""
 
     def value(self, state: Any) -> Array:
-        """What the control shall be."""
+        """The next value of the control."""
 
     def update(self, state: Any, observed: Array) -> Any:
         """The state after an update in which ``observed`` was announced."""
@@ -245,7 +245,7 @@ def _call(rule: Rule, method: str, *arguments: Any) -> Any:
 
 
 class control(Messenger):
-    """Fix control sites: `numpyro.handlers.substitute` for them, with two advantages.
+    """Fix control sites: `numpyro.handlers.substitute` for them, with three advantages.
 
     A name that the algorithm does not announce is refused, and functions that *you* compiled before
     (``jax.jit(optimizer.update)``, `jax.lax.scan`) follow it as well: entering and leaving changes the key of every

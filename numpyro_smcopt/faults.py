@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with a run: each fault is a message with its remedy, or None."""
+"""Faults of a run: each is a message with its remedy, or None."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -113,7 +113,7 @@ def replaced_particles(num_nonfinite: int) -> str | None:
 
 
 def beyond_stability(stability: np.ndarray) -> float | None:
-    """How many times too long the steps of the first updates were, if they were.
+    """The factor by which the steps of the first updates were too long, if they were.
 
     Where a motion explodes its velocity turns to the direction that does, so the curvature along it gives the limit.
 

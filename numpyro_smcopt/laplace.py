@@ -55,7 +55,7 @@ MOST_LOOKS = 60
 
 
 def affordable(blocks: Blocks) -> bool:
-    """Whether the Hessian blocks fit."""
+    """True if the Hessian blocks are affordable."""
     num, width = blocks.members.shape
     return width <= MAX_WIDTH and num * width**2 <= MAX_NUMBERS
 
@@ -272,7 +272,7 @@ def fixed_normals(num: int, blocks: Blocks) -> np.ndarray:
 
 
 def _can_match(num: int, blocks: Blocks) -> bool:
-    """Whether ``num`` draws are enough for exact second moments within blocks."""
+    """True if ``num`` draws are enough for exact second moments within blocks."""
     return blocks.width <= num // 4
 
 

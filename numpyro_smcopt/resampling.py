@@ -102,7 +102,7 @@ def _cumulative_units(weights: jax.Array) -> jax.Array:
 
 
 def _interval_ends(weights: jax.Array) -> jax.Array:
-    """Where each interval ends on [0, N]; that of the last particle with weight, and all after it, exactly at N."""
+    """Ends of the intervals on [0, N]; that of the last particle with weight, and all after it, exactly at N."""
     num_particles = weights.shape[0]
     cumulative = _cumulative_units(weights)
     ends = cumulative.astype(weights.dtype) * (num_particles / cumulative[-1].astype(weights.dtype))

@@ -11,7 +11,7 @@ from numpyro_smcopt.types import Array, Params
 
 
 class Status(enum.Enum):
-    """How a run ended."""
+    """The end of a run."""
 
     FINISHED = "finished"
     CONVERGED = "converged"
@@ -21,7 +21,7 @@ class Status(enum.Enum):
 
 
 class RunResult(NamedTuple):
-    """What `run` returns; the first three fields are those of `numpyro.infer.svi.SVIRunResult`.
+    """Result of `run`; the first three fields are those of `numpyro.infer.svi.SVIRunResult`.
 
     Attributes:
         params: The estimate, on the constrained scale of the model.

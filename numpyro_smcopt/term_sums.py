@@ -50,7 +50,7 @@ class SiteSum(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """How the terms of a target are added up; a pytree without leaves, known when a program is compiled.
+    """The sums of a target's terms; a pytree without leaves, known when a program is compiled.
 
     Args:
         sites: One for each entry of `Sites.terms`; none if nothing is added up.
@@ -72,7 +72,7 @@ NO_SUMS = Sums()
 
 
 def find_sums(of_term: np.ndarray, shapes: Sequence[tuple[int, ...]], num_blocks: int) -> Sums:
-    """What can be added up.
+    """The terms that can be added up.
 
     A term that depends on no latent, such as one that is masked out, may be added to those of any block: it is the same
     for all particles, and so is what it does to their weights.

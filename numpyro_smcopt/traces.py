@@ -27,7 +27,7 @@ def traced_once(function: Callable, *like: Any) -> tuple[Callable, Any]:
 
 
 def num_elements(program: Any) -> int:
-    """How many array elements a program computes on the way to its results."""
+    """Number of array elements that a program computes on the way to its results."""
     total, needed = 0, set(map(id, program.outvars))
     for equation in reversed(program.eqns):
         if needed.isdisjoint(map(id, equation.outvars)):

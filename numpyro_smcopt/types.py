@@ -56,7 +56,7 @@ Model: TypeAlias = Callable[..., Any]
 
 
 class State(Protocol):
-    """What the states of all algorithms have: a NamedTuple of arrays with these fields, and others.
+    """The state of any algorithm: a NamedTuple of arrays with these fields, and others.
 
     A state of particles with an energy also has ``points`` ([N, ...], with ``x [N, D]``) and ``log_weights`` ([N, B]);
     samples, reports and the evidence are made of them.

@@ -71,7 +71,7 @@ def conditional_ess(log_weights: jax.Array, log_increment: jax.Array) -> jax.Arr
 
 
 class Reweighted(NamedTuple):
-    """What `reweight` returns. For log weights of shape [N] the axis B is absent throughout.
+    """Result of `reweight`. For log weights of shape [N] the axis B is absent throughout.
 
     Attributes:
         log_weights: [N, B] normalised.

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the algorithms share: SVI's methods around a pure step, samples and a report.
+"""The base of all algorithms: SVI's methods around a pure step, samples and a report.
 
 Every method checks what it is given, binds the model to its arguments, and calls what does the work: `runs.run` for
 runs, `runs.resume` for checkpoints, `build_report` for reports. What an algorithm has to say for that are the
@@ -227,7 +227,7 @@ class ParticleAlgorithm(Algorithm[S]):
         return self._bind_again(args, kwargs).call(("samples", num), draw, state, key)
 
     def draw(self, target: Target, rng_key: Array, state: Any, num: int | None) -> dict[str, Array]:
-        """What `get_samples` returns; pure. None stands for as many draws as there are particles."""
+        """The samples of `get_samples`; pure. None stands for as many draws as there are particles."""
         num = state.log_weights.shape[0] if num is None else num
         x = equal_draws(rng_key, state.points.x, state.log_weights, state.blocks, num)
         return jax.vmap(lambda one: target.constrain_latents(state.theta, one))(x)
@@ -299,7 +299,7 @@ class ParticleAlgorithm(Algorithm[S]):
 
     # -- report -------------------------------------------------------------------------------------------------------
     def summarize(self, rng_key: Array, state: Any, *args: Any, sandwich: bool = False, **kwargs: Any) -> Report:
-        """What is to be reported of a fit: standard errors, Monte Carlo errors, intervals, log evidence, samples.
+        """The report of a fit: standard errors, Monte Carlo errors, intervals, log evidence, samples.
 
         Theta stays at the estimate; fresh particles are drawn there, so the numbers owe nothing to the path that led
         to it. See `report.Report` for what comes back, and its ``warnings`` for what may be wrong with it.

@@ -195,7 +195,7 @@ def gradient_first(parts: SMCParts, target: Target, state: SMCState, controls: d
 
 # -- what they are made of ---------------------------------------------------------------------------------------------
 class _Workspace(NamedTuple):
-    """What the stages of one update share.
+    """The quantities that the stages of one update share.
 
     Attributes:
         parts: The parts.
@@ -252,7 +252,7 @@ def _workspace(parts: SMCParts, target: Target, state: SMCState, controls: dict[
 
 
 class _Weighed(NamedTuple):
-    """What weighing found.
+    """Result of the weighing.
 
     Attributes:
         theta: [P] theta', or the present theta if theta' was refused.
@@ -340,7 +340,7 @@ def _unmoved(
 def estimate_at(
     parts: SMCParts, target: Target, theta: Theta, state: SMCState, blocks: Blocks, rng_key: Array
 ) -> Estimate:
-    """What the objective says of the cloud of a state, evaluated and weighed at ``theta``."""
+    """The objective's estimate from the cloud of a state, evaluated and weighed at ``theta``."""
     cloud = Cloud(*state.points[:3], state.log_weights, blocks, log_evidence(state), state.log_evidence_change)
     return parts.objective.estimate(Scene(target, theta, target.attached, rng_key), cloud)
 
@@ -348,7 +348,7 @@ def estimate_at(
 def _differentiate(
     now: _Workspace, state: SMCState, theta: Array, pull_back: Callable[[Array], Array] | None = None
 ) -> tuple[Estimate, Array]:
-    """What the objective says, and the gradient [P] at ``theta``."""
+    """The objective's estimate, and the gradient [P] at ``theta``."""
     tree = now.unravel(theta)
     estimate = estimate_at(now.parts, now.target, tree, state, now.blocks, now.key_objective)
     backward = lambda: surrogate_gradient(  # noqa: E731
@@ -364,7 +364,7 @@ def _differentiate(
 def _step_theta(
     now: _Workspace, state: SMCState, theta: Array, estimate: Estimate, gradient: Array
 ) -> tuple[Array, Any, Array]:
-    """Where a step from ``theta`` leads, the state of the theta step, and whether all of that is finite."""
+    """The end of a step from ``theta``, the state of the theta step, and whether all of that is finite."""
     place = now.target, state.theta, theta, state.points, state.log_weights, now.blocks
 
     def admit(step: Array) -> Array:

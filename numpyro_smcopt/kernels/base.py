@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a Markov kernel is: a move of ONE particle; the library vmaps over particles.
+"""The interface of Markov kernels: a move of ONE particle; the library vmaps over particles.
 
 There are two abstract kinds (del Moral, Doucet and Jasra 2006, section 3.3):
 
@@ -59,7 +59,7 @@ class Potential(NamedTuple):
 
 
 class Step(NamedTuple):
-    """How far to move.
+    """Length and shape of a move.
 
     Attributes:
         size: [B] step size of each block, in the coordinates in which the preconditioner is the identity.
@@ -114,7 +114,7 @@ class Kernel(abc.ABC):
     def weigh(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
     ) -> tuple[Point, Array]:
-        """Where a particle of the old target is weighed under the new one, and its log ratio.
+        """The point at which a particle of the old target is weighed under the new one, and its log ratio.
 
         Args:
             random_numbers: The randomness of the move.
@@ -139,7 +139,7 @@ class InvariantKernel(Kernel):
     def weigh(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
     ) -> tuple[Point, Array]:
-        """Where the particle stands: it moves afterwards."""
+        """The particle as it stands: it moves afterwards."""
         del random_numbers
         return potential.evaluate(point.x), jnp.zeros_like(step.size)
 
@@ -159,7 +159,7 @@ class WeightedKernel(Kernel):
     def weigh(
         self, random_numbers: RandomNumbers, point: Point, potential: Potential, step: Step
     ) -> tuple[Point, Array]:
-        """Where the particle has moved."""
+        """The particle after its move."""
         return self.move(random_numbers, point, potential, step)
 
     def adapt(self, size: Array, observed: Array, num_updates: Array) -> Array:
@@ -168,7 +168,7 @@ class WeightedKernel(Kernel):
 
 
 def is_kernel(value: Any) -> bool:
-    """Whether particles with an energy can be moved by ``value``, a kernel from here or one that offers the same."""
+    """True if ``value``, a kernel from here or one that offers the same, can move particles with an energy."""
     needed = "move", "weigh", "adapt", "num_uniforms"
     return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in needed)
 
@@ -201,7 +201,7 @@ def accept(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks:
 
 
 def decide(log_uniform: Array, log_ratio: Array, old: Point, new: Point, blocks: Blocks) -> tuple[Array, Array]:
-    """Which blocks `accept` accepts, [B], and the logarithms of their acceptance probabilities, [B]."""
+    """The blocks that `accept` accepts, [B] bool, and the logarithms of their acceptance probabilities, [B]."""
     # Terms are subtracted before they are summed: two large totals would cancel in float32.
     log_accept = blocks.sum_terms(old.terms - new.terms) + log_ratio
     log_accept = jnp.where(jnp.isfinite(log_accept), jnp.minimum(log_accept, 0.0), -jnp.inf)

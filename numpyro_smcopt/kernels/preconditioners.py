@@ -64,7 +64,7 @@ def _multiply(factor: Array | None, v: Array, blocks: Blocks) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioning:
-    """How a preconditioner is found and kept up to date.
+    """A rule by which a preconditioner is found and kept up to date.
 
     Args:
         forgetting: Weight of the newest cloud in the running variances; 0 keeps ``s`` as it was at the start.

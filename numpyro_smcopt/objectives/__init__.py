@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised in theta. To add an objective, write a file beside these and see `objectives.base`."""
+"""Losses of theta. To add an objective, write a file beside these and see `objectives.base`."""
 
 from numpyro_smcopt.objectives.base import Cloud, Estimate, Objective, Scene, expectation, term_coefficients
 from numpyro_smcopt.objectives.divergences import ForwardKL, ReverseKL

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is: a loss ``F(theta)`` whose gradient is an expectation under ``pi_theta = exp(-U_theta) / Z``.
+"""Objectives: a loss ``F(theta)`` whose gradient is an expectation under ``pi_theta = exp(-U_theta) / Z``.
 
 Every objective states its gradient through one surrogate, whose coefficients count as constants,
 
@@ -62,7 +62,7 @@ class Cloud(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Where an estimate is made.
+    """The setting of an estimate.
 
     Attributes:
         target: The model.
@@ -82,7 +82,7 @@ class Scene(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What an objective says of a cloud.
+    """Loss and gradient that an objective estimates from a cloud.
 
     Attributes:
         coefficients: [N, B] ``c_ib`` of the block energies.
@@ -122,7 +122,7 @@ class Objective(Protocol):
 
     @property
     def arrays(self) -> Any:
-        """What `estimate` needs of arrays (a pytree): it gets them back as ``scene.arrays``, traced, no constants."""
+        """Arrays for `estimate` (a pytree), which gets them back as ``scene.arrays``, traced, no constants."""
         return ()
 
     def default_step(self, refresh_every: int | None) -> ThetaStep:

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What the defaults may cost: numbers that follow from the size of a model, so that nobody has to choose them.
+"""Budgets of the defaults: numbers that follow from the size of a model, so that nobody has to choose them.
 
 "Work" is the number of array elements that one energy of one particle computes.
 """
@@ -45,7 +45,7 @@ def fewest_with_weights(num_blocks: int) -> int:
 
 
 def carries_scores(num_particles: int, num_params: int, num_blocks: int, work: int, num_evaluations: int) -> bool:
-    """Whether every particle keeps its gradient in theta, so that none is taken of the cloud.
+    """True if every particle keeps its gradient in theta, so that none is taken of the cloud.
 
     That spares a pass over all particles where a move evaluates each but once. A gradient of many coordinates from
     little work, as of a network, costs more to keep than that: 200 ms an update instead of 12 with 2000 particles and
@@ -63,7 +63,7 @@ def carries_scores(num_particles: int, num_params: int, num_blocks: int, work: i
 
 
 def num_for_information(num_particles: int, num_blocks: int, num_params: int, work: int) -> int:
-    """How many of the particles the information is formed from."""
+    """Number of particles that the information is formed from."""
     enough = 2 ** math.ceil(math.log2(max(INFORMATION_DRAWS / num_blocks, 16)))
     payable = 2 ** math.floor(math.log2(max(LARGEST_INFORMATION_WORK / (num_params * work), 4)))
     return min(enough, payable, num_particles)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to all particles of a cloud at once: evaluate, resample block by block, draw, check the blocks."""
+"""Operations on all particles of a cloud at once: evaluate, resample block by block, draw, check the blocks."""
 
 from collections.abc import Callable
 

@@ -94,7 +94,7 @@ def prior_cloud(
 
 
 def first_step(kernel: Kernel, found: Step, used: Kernel) -> Step:
-    """Where the step of ``kernel`` starts; the first cloud was moved by ``used``, whose step ended as ``found``."""
+    """The first step of ``kernel``; the first cloud was moved by ``used``, whose step ended as ``found``."""
     preconditioner = found.preconditioner
     if kernel.preconditioning.forgetting == 0.0 and not kernel.preconditioning.dense:
         preconditioner = Preconditioner(jnp.ones_like(preconditioner.scale))
@@ -104,5 +104,5 @@ def first_step(kernel: Kernel, found: Step, used: Kernel) -> Step:
 
 
 def starts_from_prior(target: Target, init_strategy: Callable | None) -> bool:
-    """Whether the first particles are draws from the prior, so that the log evidence is known from the start."""
+    """True if the first particles are draws from the prior, so that the log evidence is known from the start."""
     return target.sites.can_draw_prior and init_strategy is None

@@ -52,7 +52,7 @@ def gradient_of_rest(estimate: Estimate, theta: Theta) -> Array | float:
 def step_context(
     target: Target, like: Theta, theta: Array, points: Point, log_weights: Array, blocks: Blocks, num_updates: Array
 ) -> StepContext:
-    """What a theta step may ask at ``theta``; gradient, loss and curvature are left to the caller.
+    """The context of a step from ``theta``; gradient, loss and curvature are left to the caller.
 
     Args:
         target: The model.
@@ -119,7 +119,7 @@ def default_theta_step(
 def step_probe(
     target: Target, like: Theta, theta: Array, points: Point, log_weights: Array, blocks: Blocks
 ) -> StepProbe:
-    """What a step from ``theta`` would do to the weights; arguments as for `step_context`."""
+    """Effect of a step from ``theta`` on the weights; arguments as for `step_context`."""
     terms_fn, _, _ = flat_terms(target, like)
 
     def slopes(step: Array) -> Array:

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of particles without weights whose moves led where something is not finite.
+"""Replacement of particles without weights whose moves led where something is not finite.
 
 Block by block, a lost particle takes the place of one that lives, as that one stood before the move, and starts from
 rest. Where too many blocks have lost all of their particles it is theta that went astray.

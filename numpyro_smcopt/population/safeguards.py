@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What an update does about what is not finite: lose the particle, skip the step, shorten the next steps.
+"""Safeguards against numbers that are not finite: lose the particle, skip the step, shorten the next steps.
 
 A particle whose energy or gradient is not finite loses its weight (`weights.reweight`) and waits at the heaviest one of
 its block (`evaluate.replace_dead`), so that it spoils nothing. A step of theta is refused if it would leave a block

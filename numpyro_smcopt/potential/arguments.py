@@ -79,7 +79,7 @@ def columns(args: tuple, kwargs: dict) -> list[tuple[str, Any]]:
 
 
 def _is_column(value: Any) -> bool:
-    """Whether something is a list of numbers, whose elements reach the model one by one."""
+    """True for a list of numbers, whose elements reach the model one by one."""
     return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(one, int | float) for one in value)
 
 

@@ -119,7 +119,7 @@ def check_param(name: str, value: Any) -> None:
 
 
 def _is_real(value: Any) -> bool:
-    """Whether something is a real number or an array of such."""
+    """True for a real number or an array of such."""
     if isinstance(value, bool | int | float):
         return True
     kind = getattr(value, "dtype", None)

@@ -189,6 +189,6 @@ def _merged(column: np.ndarray, kept: np.ndarray, narrow: Any) -> float:
 
 
 def _place(bad: np.ndarray) -> str:
-    """Where the first of the marked elements stands."""
+    """Place of the first marked element."""
     index = [int(k) for k in np.argwhere(np.asarray(bad))[0]]
     return f"row {index[0]}" if len(index) == 1 else f"element {index}" if index else "its only element"

@@ -243,7 +243,7 @@ class Target:
         return keep_logarithms(draw, rng_key, theta)
 
     def _is_beside(self, name: str, fn: Any) -> Array:
-        """Which elements of a latent, unconstrained, are masked."""
+        """Mask of the masked elements of a latent, unconstrained."""
         shape, keep = self.sites.latents[name].shape, jnp.asarray(kept(fn))
         if math.prod(keep.shape[keep.ndim - fn.event_dim :]) == 1:  # whole batch elements
             keep = kept_batch(fn).reshape(fn.batch_shape + (1,) * self.sites.latents[name].event_dim)
@@ -283,7 +283,7 @@ class Target:
         return trace_model(model, self.args, self.kwargs, random.key(0))
 
     def beside(self, theta: Theta) -> dict[str, Array]:
-        """Which coordinates of the masked latents stand beside the model: ``{site: [D] bool}``."""
+        """Masks of the coordinates of masked latents that stand beside the model: ``{site: [D] bool}``."""
         trace = self._trace_at(theta)
         found = {}
         for name in self.sites.masked:
@@ -308,7 +308,7 @@ class Target:
         return {name: trace[name]["value"] for name in self.sites.params}
 
     def output(self, theta: Theta) -> Any:
-        """What the model returns at ``theta``."""
+        """The return value of the model at ``theta``."""
         model = handlers.substitute(self.model, substitute_fn=substitution(theta, {}))
         with handlers.block(), handlers.seed(rng_seed=random.key(0)):
             return model(*self.args, **self.kwargs)
@@ -372,7 +372,7 @@ def flat_terms(target: Target, theta: Theta) -> tuple[Callable[[Array, Array], A
 
 
 def _depend_on(variable: Any, program: Any) -> list[bool]:
-    """Which outputs of a jaxpr depend on one of its variables."""
+    """Masks of the outputs of a jaxpr that depend on one of its variables."""
     touched = {variable}
     for equation in program.eqns:
         if any(not hasattr(v, "val") and v in touched for v in equation.invars):

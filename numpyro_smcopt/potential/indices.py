@@ -39,7 +39,7 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_v
 
 
 class Followed(NamedTuple):
-    """What is known of a variable of a program.
+    """Knowledge about a variable of a program.
 
     Attributes:
         value: Its value, if it follows from data; with a leading axis of steps if ``stepwise``.
@@ -128,7 +128,7 @@ def _told(beyond: Beyond, latents: frozenset[str]) -> str:
 
 
 def _matters(program: Any, beyond: Beyond, inputs: list[Array]) -> bool:
-    """Whether some term of the energy changes with the element that such indices point to."""
+    """True if some term of the energy changes with the element that such indices point to."""
     others = sorted({0, 1 % beyond.length, beyond.length - 1})
     terms = [np.asarray(jax.jit(_evaluator(program, beyond, other))(inputs)[0]) for other in others]
     return any(not np.array_equal(terms[0], other, equal_nan=True) for other in terms[1:])
@@ -153,7 +153,7 @@ class _Reader:
         self.found: list[Beyond] = []
 
     def follow(self, jaxpr: Any, consts: Any, inputs: list[Followed]) -> list[Followed]:
-        """What is known of the results of a program."""
+        """Knowledge about the results of a program."""
         known = dict(zip(jaxpr.constvars, map(self._of_data, consts), strict=True))
         known.update(zip(jaxpr.invars, inputs, strict=True))
         makers: dict[Any, Any] = {}
@@ -269,7 +269,7 @@ def _broadcast(value: np.ndarray, shape: tuple[int, ...], dimensions: tuple[int,
 
 
 def _one_by_one(v: Followed) -> Followed:
-    """What a scan sees of an array: its numbers, one after the other."""
+    """The numbers of an array one after the other, as a scan sees them."""
     if v.value is None or v.value.ndim != 1:
         return Followed(names=v.names)
     return v._replace(stepwise=True)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the logarithms that are carried beside numbers, operation by operation; see `log_scale`.
+"""Rules for the logarithms that are carried beside numbers, operation by operation; see `log_scale`.
 
 A rule has the equation of a program, its operands and its first result, and says what is known of the result.
 """
@@ -69,7 +69,7 @@ class Number(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether it has a logarithm, or what it is the negative of has one of one minus it."""
+        """True if it has a logarithm, or what it is the negative of has one of one minus it."""
         return self.log is not None or self.minus is not None and self.minus.log1m is not None
 
     @property
@@ -81,12 +81,12 @@ class Number(NamedTuple):
 
     @property
     def known_below_one(self) -> bool:
-        """Whether it is below one, constants included."""
+        """True if it is below one, constants included."""
         return self.below_one or self.constant is not None and self.constant < 1
 
     @property
     def known_positive(self) -> bool:
-        """Whether it is positive, constants included."""
+        """True if it is positive, constants included."""
         return self.positive or self.constant is not None and self.constant > 0
 
 
@@ -132,7 +132,7 @@ def one_minus(number: Number | None) -> Number | None:
 
 
 def _strong(*numbers: Number) -> bool:
-    """Whether numbers are positive for certain, and the logarithm of one of them is known."""
+    """True if numbers are positive for certain, and the logarithm of one of them is known."""
     return all(number.known_positive for number in numbers) and any(number.log is not None for number in numbers)
 
 
@@ -265,7 +265,7 @@ def _same_total(equation: Any, number: Number) -> Any:
 
 
 def _is_head(params: dict, number: Number) -> bool:
-    """Whether a slice of a simplex is all but its last element."""
+    """True if a slice of a simplex is all but its last element."""
     shape, axis = number.value.shape, number.simplex[1] if number.simplex is not None else 0
     cut = [size - end for end, size in zip(params["limit_indices"], shape, strict=True)]
     first = not any(params["start_indices"]) and params["strides"] is None

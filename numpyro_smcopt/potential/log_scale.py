@@ -25,7 +25,7 @@ CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_j
 
 
 class _Mode:
-    """Whether constants are widened, and how many logarithms have been taken from those that were carried."""
+    """Mode of a trace: whether constants are widened, and the number of carried logarithms that were taken."""
 
     def __init__(self, widen: bool) -> None:
         self.widen, self.num_used = widen, 0

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says about its data and its axes: observed values, pointwise log likelihood, names of dimensions."""
+"""The data and axes of a model: observed values, pointwise log likelihood, names of dimensions."""
 
 import jax
 import jax.numpy as jnp

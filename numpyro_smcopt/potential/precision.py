@@ -23,7 +23,7 @@ EXPLICIT = "jax_explicit_x64_dtypes"
 
 
 def double_may_be_needed() -> bool:
-    """Whether numbers are of single precision, and some may be of double precision all the same."""
+    """True if numbers are of single precision, and some may be of double precision all the same."""
     return not jax.config.read("jax_enable_x64") and hasattr(jax.config, EXPLICIT)
 
 
@@ -33,7 +33,7 @@ def double_precision(wanted: bool) -> Any:
 
 
 def partitioned_in_double(arguments: Any) -> bool:
-    """Whether there is a partition of terms in double precision among the arguments of a program, a pytree."""
+    """True if there is a partition of terms in double precision among the arguments of a program, a pytree."""
     is_partition = lambda leaf: isinstance(leaf, Blocks)  # noqa: E731
     leaves = jax.tree.leaves(arguments, is_leaf=is_partition)
     return any(is_partition(leaf) and leaf.sums.double for leaf in leaves)

@@ -115,14 +115,14 @@ class Window(dist.Distribution):
 
 
 def is_masked(fn: dist.Distribution) -> bool:
-    """Whether some elements of a latent may stand beside the model."""
+    """True if some elements of a latent may stand beside the model."""
     while not isinstance(fn, Completed) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Completed)
 
 
 def kept(fn: dist.Distribution) -> Any:
-    """Which elements of a value are not masked, as an array with all of its axes that broadcasts to it; True if all."""
+    """Mask of the elements of a value that are not masked, with all of its axes, broadcasting to it; True if all."""
     if isinstance(fn, dist.MaskedDistribution):
         mask = jnp.asarray(fn._mask)
         return jnp.reshape(mask, mask.shape + (1,) * fn.event_dim) & kept(fn.base_dist)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What one abstract trace of a model tells: its parameters, its latents and its energy terms."""
+"""Parameters, latents and energy terms of a model, from one abstract trace."""
 
 import math
 from collections import Counter
@@ -39,7 +39,7 @@ class LatentSite(NamedTuple):
 
 
 class Sites(NamedTuple):
-    """What one trace of a model tells: shapes and names, no arrays."""
+    """The sites of a model, from one trace: shapes and names, no arrays."""
 
     params: tuple[str, ...]
     latents: dict[str, LatentSite]
@@ -55,7 +55,7 @@ class Sites(NamedTuple):
 
     @property
     def can_draw_prior(self) -> bool:
-        """Whether all latents can be drawn from their prior."""
+        """True if all latents can be drawn from their prior."""
         return not self.improper
 
     @property
@@ -186,12 +186,12 @@ def _read_terms(
 
 
 def _is_free(name: str, trace: dict) -> bool:
-    """Whether a param site only chooses between equivalent forms of the model, as that of `LocScaleReparam(None)`."""
+    """True if a param site only chooses between equivalent forms of the model, as that of `LocScaleReparam(None)`."""
     return name.endswith("_centered") and f"{name.removesuffix('_centered')}_decentered" in trace
 
 
 def _describe(site: dict) -> dict:
-    """What must be remembered of a site, as plain Python (the trace itself holds tracers)."""
+    """A record of a site, as plain Python (the trace itself holds tracers)."""
     latent = site["type"] == "sample" and not site["is_observed"]
     observed = site["type"] == "sample" and site["is_observed"] and not isinstance(_base(site["fn"]), dist.Unit)
     facts: dict[str, Any] = {

@@ -14,7 +14,7 @@ from numpyro_smcopt.types import Array, Model, Params
 
 
 class SVIView(NamedTuple):
-    """What `numpyro.infer.Predictive` and ArviZ's `from_numpyro_svi` want of a fit.
+    """A fit in the form that `numpyro.infer.Predictive` and ArviZ's `from_numpyro_svi` take.
 
     Attributes:
         model: The model with its parameters at the estimate.

@@ -65,7 +65,7 @@ def _explained(model: Model, args: tuple, kwargs: dict) -> Iterator[None]:
 
 
 def _mismatch(model: Model, args: tuple, kwargs: dict) -> str | None:
-    """Why arguments do not fit the signature of a model."""
+    """The reason that arguments do not fit the signature of a model."""
     while hasattr(model, "fn"):  # what handlers are wrapped around
         model = model.fn
     try:
@@ -144,7 +144,7 @@ def unconstrained(site: dict) -> Array:
 
 
 def is_real(constraint: constraints.Constraint) -> bool:
-    """Whether a constraint constrains nothing."""
+    """True if a constraint constrains nothing."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint is constraints.real
@@ -160,7 +160,7 @@ def log_prob_of(site: dict) -> Array:
 
 
 def _support_moves(fn: dist.Distribution) -> bool:
-    """Whether parameters say what values are possible: densities do not look at that themselves."""
+    """True if parameters say what values are possible: densities do not look at that themselves."""
     while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         fn = fn.base_dist
     depends = isinstance(getattr(type(fn), "support", None), constraints.dependent_property)
@@ -174,7 +174,7 @@ def _in_support(fn: dist.Distribution, value: Array) -> Array:
 
 
 def is_prior(name: str, latents: dict[str, Any]) -> bool:
-    """Whether a site is a latent, or the log-Jacobian of one: `_<latent>_log_det`, below the latent's own scope."""
+    """True for a latent, and for the log-Jacobian of one: `_<latent>_log_det`, below the latent's own scope."""
     factors = {f"_{latent}_log_det": latent for latent in latents if name.endswith(f"_{latent}_log_det")}
     return name in latents or any(latent.startswith(name.removesuffix(end)) for end, latent in factors.items())
 

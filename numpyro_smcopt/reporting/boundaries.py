@@ -146,7 +146,7 @@ def _profile(
 
 
 def about_boundaries(boundaries: dict[int, Boundary], names: Sequence[str]) -> list[str]:
-    """What a report says of them."""
+    """The notes of a report about them."""
     warnings = []
     for k, boundary in boundaries.items():
         warnings.append(

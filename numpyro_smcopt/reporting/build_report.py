@@ -56,7 +56,7 @@ def summarize(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state: A
 
 
 def _contradictions(at: EvidenceAt, state: Any, log_evidence: float) -> list[str]:
-    """What is to be said if the run and the report do not agree about the log evidence, which both estimate."""
+    """The note if the run and the report, which both estimate the log evidence, do not agree."""
     running = state.diagnostics.get("log_evidence")
     if running is None or not starts_from_prior(at.start.target, at.init_strategy):
         return []
@@ -84,7 +84,7 @@ def _evidence_at(algorithm: Algorithm, rng_key: Array, bound: BoundTarget, state
 
 
 def _count_observations(start: BoundTarget) -> int:
-    """How many observations the likelihood counts, which masks and weights may decide."""
+    """Number of observations that the likelihood counts, which masks and weights may decide."""
     known = start.target.sites.num_observations
     if known is not None:
         return known
@@ -152,7 +152,7 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
 
 
 def _jumps(found: Exploration) -> bool:
-    """Whether the scores with and without transport differ, so that the density cannot be continuous in the latents."""
+    """True if the scores with and without transport differ, so that the density cannot be continuous in the latents."""
     if found.derivatives is None:
         return False
     gap, error = mean_and_error(found.derivatives.score - found.derivatives.plain_score)
@@ -171,7 +171,7 @@ def _rounding(found: Exploration, curvature: Curvature) -> np.ndarray:
 def _at_the_maximum(
     found: Exploration, at: EvidenceAt, continuous: bool, names: tuple[str, ...]
 ) -> tuple[Curvature, dict[int, Boundary], list[str]]:
-    """What is known of the maximum, which coordinates are at the boundary, and what is to be said of both."""
+    """The maximum as far as it is known, the coordinates at the boundary, and notes on both."""
     derivatives = found.derivatives
     if derivatives is None:
         without = f"There are no standard errors: {len(names)} parameters need too large a matrix."

@@ -36,7 +36,7 @@ def coordinate_names(tree: Any) -> tuple[str, ...]:
 
 
 def acts_elementwise(constraint: Constraint) -> bool:
-    """Whether each constrained number comes from one unconstrained number."""
+    """True if each constrained number comes from one unconstrained number."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     transform = biject_to(constraint)

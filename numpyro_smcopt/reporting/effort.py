@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How many draws a report takes, so that what it costs follows from the size of the model.
+"""Numbers of draws of a report, so that its cost follows from the size of the model.
 
 "Work" is the number of array elements that one energy of one particle computes.
 """
@@ -46,7 +46,7 @@ class DerivativeDraws(NamedTuple):
 
 
 def num_informing(num_replicates: int, num_params: int, work: int) -> int:
-    """How many replicates derivatives are taken from; none if there are too many parameters."""
+    """Number of replicates that derivatives are taken from; none if there are too many parameters."""
     if not 0 < num_params <= LARGEST_INFORMATION:
         return 0
     return int(
@@ -57,7 +57,7 @@ def num_informing(num_replicates: int, num_params: int, work: int) -> int:
 def derivative_draws(
     num_replicates: int, size: int, num_params: int, num_blocks: int, work: int, outer: bool = False
 ) -> DerivativeDraws:
-    """How many draws of ``num_replicates`` replicates of ``size`` draws each derivatives are taken from.
+    """Number of draws, of ``num_replicates`` replicates of ``size`` draws each, that derivatives are taken from.
 
     What depends on independent blocks, as the missing information does, is known from a few draws of many blocks.
     """

@@ -75,7 +75,7 @@ class LogEvidence(NamedTuple):
 
 
 class Exploration(NamedTuple):
-    """What fresh particles at a theta tell; arrays of the host.
+    """Findings from fresh particles at a theta; arrays of the host.
 
     Attributes:
         fixed: What does not depend on particles.

@@ -15,7 +15,7 @@ SHOWN_PART = 0.05
 
 
 def judge_directions(values: np.ndarray, noise: np.ndarray, slope: float) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Which directions have no information that can be told from zero.
+    """Masks of directions without information that can be told from zero.
 
     Args:
         values: [P] eigenvalues of the information, in units of the complete-data information.
@@ -44,7 +44,7 @@ def describe_direction(direction: np.ndarray, names: Sequence[str]) -> str:
 
 
 def about_directions(singular: Sequence[str], hidden: Sequence[str], indefinite: bool) -> list[str]:
-    """What a report says of them."""
+    """The notes of a report about them."""
     warnings = []
     if indefinite:
         warnings.append(

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Where maximum likelihood by Laplace's approximation would end: what lme4's `glmer` and TMB report by default.
+"""The maximum of Laplace's approximation of the likelihood, which lme4's `glmer` and TMB report by default.
 
 The walk begins at the estimate. The gradient of the approximation is exact there and the information is known, so one
 Newton step says whether the two maxima differ. Only if they do is the approximation evaluated elsewhere, by a program

@@ -43,7 +43,7 @@ Numbers = dict[str, Any]
 
 
 class Fixed(NamedTuple):
-    """What does not depend on particles.
+    """The part of a report that does not depend on particles.
 
     Attributes:
         theta: The estimate, unconstrained.
@@ -77,7 +77,7 @@ def _fixed(target: Target, rng_key: Array, params: Params) -> Fixed:
 
 
 class Drawn(NamedTuple):
-    """What `draw_program` returns.
+    """Result of `draw_program`.
 
     Attributes:
         fixed: What does not depend on particles.
@@ -159,7 +159,7 @@ def draw_program(draws: DerivativeDraws, transported: bool) -> Callable[..., Dra
 
 
 class Tempered(NamedTuple):
-    """What `temper_program` and `wide_program` return.
+    """Result of `temper_program` and `wide_program`.
 
     Attributes:
         log_evidence: [R, B] estimates, relative to the Laplace approximation if there is a mixture.

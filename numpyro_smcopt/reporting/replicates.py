@@ -76,7 +76,7 @@ class BlockEvidence(NamedTuple):
 
     @property
     def trustworthy(self) -> bool:
-        """Whether drawing from the mixture suffices."""
+        """Drawing from the mixture suffices."""
         return bool(np.all((self.ess >= FEWEST_EFFECTIVE) & ~self.missed))
 
 

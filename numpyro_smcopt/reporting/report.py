@@ -22,7 +22,7 @@ DRAWS = 20_000  # for intervals of parameters whose transform mixes coordinates
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `summarize` returns.
+    """The report that `summarize` returns.
 
     Attributes:
         params: The estimate, constrained; NumPy arrays.
@@ -152,7 +152,7 @@ class Report:
         print(self.to_text(level))
 
     def to_text(self, level: float = 0.95) -> str:
-        """What `print_summary` prints."""
+        """The text that `print_summary` prints."""
         tail = 50 * (1 - level)
         header = ["", "estimate", "std. error", "MC error", f"{tail:.1f}%", f"{100 - tail:.1f}%"]
         columns = [ravel(v) for v in (self.params, self.standard_errors, self.mc_errors)]

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says of the numbers in it: what is wrong or special, and what to do about it.
+"""Notes of a report on the numbers in it: faults and special cases, each with its remedy.
 
 Boundaries and directions that are not determined speak for themselves, in `boundaries` and `flat_directions`.
 """
@@ -47,7 +47,7 @@ def about_draws(found: LogEvidence) -> list[str]:
 
 
 def differ(running: float, log_evidence: float, num_blocks: int) -> bool:
-    """Whether two estimates of a log evidence contradict each other; one has gathered the errors of a whole run."""
+    """True if two estimates of a log evidence contradict each other; one has gathered the errors of a whole run."""
     return abs(running - log_evidence) > CONTRADICTION * (1 + BLOCK_DRIFT * np.sqrt(num_blocks))
 
 

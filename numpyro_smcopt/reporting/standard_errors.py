@@ -26,7 +26,7 @@ ROUNDING = 1e-6  # error of a score in single precision, in units of its spread 
 
 
 class Curvature(NamedTuple):
-    """What is known of the maximum, in P unconstrained coordinates.
+    """The maximum as far as it is known, in P unconstrained coordinates.
 
     Attributes:
         covariance: [P, P]; zero in the rows of coordinates that are not identified.
@@ -50,7 +50,7 @@ class Curvature(NamedTuple):
 
     @property
     def num_singular(self) -> int:
-        """How many directions have no information."""
+        """Number of directions without information."""
         return len(self.singular)
 
     @property

@@ -51,7 +51,7 @@ class Moved(NamedTuple):
 
     @property
     def still(self) -> bool:
-        """Whether the latents stay where they are."""
+        """True if the latents stay where they are."""
         return self.shift.shape[-1] == 0
 
     def log_volume_slopes(self) -> Array:

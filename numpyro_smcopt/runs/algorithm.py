@@ -71,7 +71,7 @@ class Algorithm(abc.ABC, Generic[S]):
 
     @property
     def maximises_likelihood(self) -> bool:
-        """Whether what is minimised is minus the log marginal likelihood; several runs are then ranked by it."""
+        """True if the loss is minus the log marginal likelihood; several runs are then ranked by it."""
         return self.objective is None or self.objective.is_likelihood
 
     # -- hooks without a default --------------------------------------------------------------------------------------
@@ -158,12 +158,12 @@ class Algorithm(abc.ABC, Generic[S]):
         return state._replace(rng_key=key, fingerprint=fingerprint, wrong_blocks=wrong)
 
     def faults(self, state: S, diagnostics: dict[str, np.ndarray]) -> tuple[list[str | None], Status]:
-        """What went wrong in a run with these diagnostics [T, ...], each with its remedy, and how the run ended."""
+        """Faults of a run with these diagnostics [T, ...], each with its remedy, and its status."""
         del state, diagnostics
         return [], Status.FINISHED
 
     def early_faults(self, state: S, diagnostics: dict[str, np.ndarray]) -> list[str | None]:
-        """What is known to be wrong after `faults.LAST_LOOK` updates; told then, or at the end of a shorter run."""
+        """Faults that show in the first `faults.LAST_LOOK` updates; told then, or at the end of a shorter run."""
         del state, diagnostics
         return []
 

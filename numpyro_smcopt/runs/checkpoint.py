@@ -24,7 +24,7 @@ _NO_SETTINGS = ("model", "handlers", "static_kwargs", "_programs", "_seen")  # a
 
 
 class RunSettings(NamedTuple):
-    """What a run was asked for.
+    """The settings of a run.
 
     Attributes:
         num_steps: Updates of every run, at most.
@@ -75,7 +75,7 @@ def write(
 
 
 def read(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[Saved, RunSettings, Status | None]:
-    """What a checkpoint holds, what was asked for, and how the run ended, if it did.
+    """Contents of a checkpoint, settings of the run, and its status, if it ended.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -129,7 +129,7 @@ def check_path(path: str | os.PathLike) -> None:
 
 
 def identity_of(algorithm: Algorithm, bound: BoundTarget) -> dict[str, Any]:
-    """What must not change while a run is interrupted: algorithm, settings, model and data; JSON."""
+    """The mark of all that must not change while a run is interrupted: algorithm, settings, model and data; JSON."""
     sites = bound.target.sites
     _, theta = bound.eval_shape("theta", Target.initial_params, random.key(0), {})
     x = jax.ShapeDtypeStruct((sites.num_latents,), jnp.result_type(float))

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How programs are compiled.
+"""Compilation of programs.
 
 `jax.jit` with options of XLA's compiler for CPUs that make a wrong result right and halve the time to compile. What
 runs a few times on small arrays is not optimised at all, which halves it again. Options that an installed jaxlib does
@@ -140,7 +140,7 @@ def compiler_options(small: bool = False) -> dict[str, Any]:
 
 
 def _is_inside(arguments: Any) -> bool:
-    """Whether a transformation of the user surrounds a call, who then compiles the whole: options are not allowed."""
+    """True if a transformation of the user surrounds a call, who then compiles the whole: options are not allowed."""
     # Inside of `jit` even a constant that is put on the device is traced; inside of `vmap` and `grad` arguments are.
     leaves = [jax.device_put(0), *jax.tree.leaves(arguments)]
     return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

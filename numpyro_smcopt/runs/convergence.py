@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run has arrived: theta stationary, and known as well as it needs to be, both within Monte Carlo error.
+"""Convergence of a run: theta stationary, and known as well as it needs to be, both within Monte Carlo error.
 
 Of the tail of a run (its last half) the iterates ``theta_k`` and the gradients ``g_k`` are averaged over batches. The
 spread of the batch means says how well the mean of the tail is known, whatever the correlation within a batch; what
@@ -35,7 +35,7 @@ SMALL_PROMISE = 1e-3  # nats
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStop:
-    """When to end a run before the number of updates that it was asked for.
+    """The rule that ends a run before the number of updates that it was asked for.
 
     A run ends when, at two looks in a row, theta does not move beyond its noise and the expected shortfall of the loss
     is below a tolerance; see the head of this file. The first look is at update 200.
@@ -58,7 +58,7 @@ class EarlyStop:
             raise ValueError(f"every must be a positive integer, got {self.every!r}.")
 
     def arrived(self, theta: np.ndarray, gradient: np.ndarray, inverse_information: np.ndarray) -> bool:
-        """Whether the run may end; arguments as for `look`."""
+        """True if the run may end; arguments as for `look`."""
         lengths = (len(theta), len(theta) - self.every)
         return min(lengths) >= SHORTEST_RUN and all(
             self._near(look(theta[:length], gradient[:length], inverse_information)) for length in lengths
@@ -69,7 +69,7 @@ class EarlyStop:
 
 
 class Look(NamedTuple):
-    """What the tail of a run says.
+    """Findings from the tail of a run.
 
     Attributes:
         z: The largest score statistic of a parameter.
@@ -148,7 +148,7 @@ def _mean_and_variances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _student_quantile(level: float, freedom: int) -> float:
-    """What Student's t exceeds with probability ``level``."""
+    """The quantile that Student's t exceeds with probability ``level``."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     # t = sqrt(freedom) tan(angle): the tail is an integral of cos(angle)^(freedom - 1) up to a right angle.
     angles = np.linspace(0.0, math.pi / 2, 20_001)
@@ -158,7 +158,7 @@ def _student_quantile(level: float, freedom: int) -> float:
 
 
 def stopping_rule(early_stop: Any) -> EarlyStop | None:
-    """When a run is to end before its time: the rule that was given, the default one for True, None for False."""
+    """The rule for an early end: the one that was given, the default one for True, None for False."""
     if not isinstance(early_stop, bool | EarlyStop):
         raise TypeError(f"early_stop must be True, False or an EarlyStop, got {early_stop!r}.")
     if isinstance(early_stop, EarlyStop):

@@ -26,7 +26,7 @@ from numpyro_smcopt.types import Array, Params, Theta
 
 
 class _Read(NamedTuple):
-    """What one look at the model tells: starting values, constrained and not, the next keys, and the data's mark."""
+    """A first look at the model: starting values, constrained and not, the next keys, and the data's mark."""
 
     params: Params
     theta: Theta
@@ -151,7 +151,7 @@ def split_init_params(bound: BoundTarget, rng_key: Array, init_params: Params | 
 
 
 def _has_axis(name: str, value: Any, like: Any, num_runs: int) -> bool:
-    """Whether a starting value has an axis of runs."""
+    """True if a starting value has an axis of runs."""
     (leaves, structure), (wanted, structure_wanted) = jax.tree.flatten(value), jax.tree.flatten(like)
     shapes, needed = [np.shape(leaf) for leaf in leaves], [leaf.shape for leaf in wanted]
     if shapes == needed or str(structure) != str(structure_wanted):

@@ -89,7 +89,7 @@ class Pause(NamedTuple):
         return ahead if self.until is None or done + ahead <= self.until else sys.maxsize
 
     def due(self, done: int) -> bool:
-        """Whether there is a pause after ``done`` updates."""
+        """True if there is a pause after ``done`` updates."""
         return done % self.every == 0 and (self.until is None or done <= self.until)
 
 

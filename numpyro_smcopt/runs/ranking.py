@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Which of several runs is the best, and how far they agree."""
+"""The best of several runs, and their agreement."""
 
 import jax
 import numpy as np

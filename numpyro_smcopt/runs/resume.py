@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How a run goes on from its checkpoint.
+"""The continuation of a run from its checkpoint.
 
 The structure of a state comes from the program, not from the file (see `tree_file`): the saved arrays are put into the
 shapes that a first state would have with the saved partition.

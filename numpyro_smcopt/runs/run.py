@@ -82,7 +82,7 @@ class Driver:
         return states
 
     def adopt(self, init_state: Any) -> Any:
-        """What a user gave to go on from, under the data."""
+        """The state that a user gave to go on from, under the data."""
         return self.axis.stack([adopt(self.algorithm, self.bound, one) for one in self.axis.listed(init_state)])
 
     # -- updates ------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Driver:
         return [message for k, messages in enumerate(found) for message in self.axis.name(k, messages)]
 
     def _has_arrived(self, state: Any, records: Any) -> bool:
-        """Whether all runs may end."""
+        """True if all runs may end."""
         stop = self.settings.early_stop
         return stop is not None and all(
             stop.arrived(path["theta"], path["gradient"], self._inverse_information(one))
@@ -209,7 +209,7 @@ class Driver:
         return rank(self.algorithm, self.bound, self.settings.ranking_key, results, records[1])
 
     def _judge(self, state: Any, records: Any, status: Status, told: bool) -> tuple[list[str | None], Status]:
-        """What went wrong in one run, unless it was told before, and how it ended."""
+        """Faults of one run, unless they were told before, and its status."""
         if status is Status.INTERRUPTED:
             return [], status
         diagnostics, _, path = records

@@ -38,7 +38,7 @@ class RunAxis:
         return [rng_key] if self.num_runs == 1 else list(random.split(rng_key, self.num_runs))
 
     def listed(self, states: Any) -> Sequence[Any]:
-        """What a user gave to go on from, one state per run; a ValueError if it is not."""
+        """The states that a user gave to go on from, one per run; a ValueError if they are not."""
         if self.num_runs == 1:
             return [states]
         if not isinstance(states, list | tuple) or hasattr(states, "_fields") or len(states) != self.num_runs:
@@ -95,7 +95,7 @@ _picked = jax.jit(lambda stacked, k: jax.tree.map(lambda leaf: leaf[k], stacked)
 
 
 def _in_turn() -> bool:
-    """Whether the runs make their updates one after the other."""
+    """True if the runs make their updates one after the other."""
     return jax.default_backend() == "cpu"
 
 

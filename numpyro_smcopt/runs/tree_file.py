@@ -31,7 +31,7 @@ _KEY = "key "  # begins the type of PRNG keys; the generator follows
 
 
 class Saved(NamedTuple):
-    """What such a file holds.
+    """Contents of such a file.
 
     Attributes:
         header: What the writer said about it; JSON.

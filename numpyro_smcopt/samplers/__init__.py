@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""Where the samples of `ImplicitDiffusion` come from. To add a sampler, write a file beside these."""
+"""Sources of the samples of `ImplicitDiffusion`. To add a sampler, write a file beside these."""
 
 from numpyro_smcopt.samplers.base import Assessed, Sampler
 from numpyro_smcopt.samplers.chains import Chains, as_sampler

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a sampler is to `ImplicitDiffusion`: samples that depend on theta, and the gradient of a loss through them.
+"""The interface of samplers: samples that depend on theta, and the gradient of a loss through them.
 
 There are two kinds. `Chains` never end: Markov chains whose law is ``pi_theta`` in the long run, moved a little at
 every update. `EulerMaruyama` ends: a diffusion from noise to samples in finitely many steps, differentiated along its
@@ -25,7 +25,7 @@ from numpyro_smcopt.types import Array, Theta
 
 
 class Assessed(NamedTuple):
-    """What an objective says of the samples.
+    """Loss and gradient that an objective estimates from the samples.
 
     Attributes:
         gradient: [P] of the loss.
@@ -43,7 +43,7 @@ class Assessed(NamedTuple):
 
 
 class Sampler(abc.ABC):
-    """Where the samples of `ImplicitDiffusion` come from.
+    """The source of the samples of `ImplicitDiffusion`.
 
     Attributes:
         has_energy: Whether the model is an energy (latent sites and factors), or else returns a drift.
@@ -95,7 +95,7 @@ class Sampler(abc.ABC):
     def step_context(
         self, target: Target, theta: Theta, particles: Any, blocks: Blocks, num_updates: Array
     ) -> StepContext:
-        """What a theta step may ask at ``theta``; gradient, loss and curvature are filled in by the caller."""
+        """The context of a step from ``theta``; gradient, loss and curvature are filled in by the caller."""
         del target, particles, blocks, num_updates
         flat, _ = ravel_pytree(theta)
         return StepContext(jnp.zeros_like(flat), jnp.zeros((), flat.dtype))
@@ -128,7 +128,7 @@ class Sampler(abc.ABC):
         return particles, False
 
     def controls(self, particles: Any) -> dict[str, Array]:
-        """What handlers may replace, by site name."""
+        """Values that handlers may replace, by site name."""
         del particles
         return {}
 

@@ -56,7 +56,7 @@ class Paths(enum.Enum):
 
 
 class Gradient(enum.Enum):
-    """How a loss is differentiated.
+    """The way to differentiate a loss.
 
     ``ADJOINT``: backwards along the path; needs a differentiable reward, and has little noise.
     ``SCORE_FUNCTION``: by the density of the path, for rewards without a gradient; its noise grows with the time that a
@@ -250,7 +250,7 @@ class EulerMaruyama(Sampler):
         return Assessed(flat, said.loss, jnp.ones_like(said.loss), said.diagnostics, said.num_masked)
 
     def _ends(self, objective: Reward, y: Array, cost: Array) -> tuple[Ends, "_Said"]:
-        """What the loss says at the ends [N, ...] of paths that cost [N], and its gradient there."""
+        """The loss at the ends [N, ...] of paths that cost [N], and its gradient there."""
         weight, rated, kl = objective.kl_weight, rate(objective, y), jnp.mean(cost)
         of_kl = jnp.full_like(cost, weight / len(cost))
         if self.gradient is Gradient.ADJOINT:

@@ -54,7 +54,7 @@ class Grid(NamedTuple):
 
 
 class Dynamics(NamedTuple):
-    """What is simulated.
+    """A diffusion to simulate.
 
     Attributes:
         drift: The drift.
@@ -108,7 +108,7 @@ def simulate(dynamics: Dynamics, theta: Theta, y: Array, rng_key: Array) -> tupl
 
 
 class Ends(NamedTuple):
-    """Where the gradient of a loss starts from, at the ends of the paths.
+    """The start of the gradient of a loss, at the ends of the paths.
 
     Attributes:
         adjoint: [N, ...] ``a_T``; None for the score function.

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""How theta moves. To add a step, write a file beside these and see `theta_step.base`."""
+"""Steps of theta. To add one, write a file beside these and see `theta_step.base`."""
 
 from numpyro_smcopt.theta_step.base import StepContext, ThetaStep
 from numpyro_smcopt.theta_step.fisher_step import FisherState, FisherStep

@@ -1,6 +1,6 @@
 # Copyright Contributors to the numpyro_smcopt project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a theta step is, what it may ask, and the rules that the scale-free ones share.
+"""The interface of theta steps, the context of a step, and the rules that the scale-free ones share.
 
 *gain* (Kesten 1958): 1 while successive steps agree; ``(1 + s / 5)^-0.7`` after ``s`` reversals, so a far start is
 walked from at full speed and noise is averaged out near the minimum, without a horizon to be given;
@@ -25,7 +25,7 @@ def _unknown(*arguments: Any) -> Any:
 
 
 class StepContext(NamedTuple):
-    """What a step may ask about the place where it stands; functions, so that only what is asked for is computed.
+    """The surroundings of a step; functions, so that only what a step asks for is computed.
 
     Attributes:
         gradient: [P] estimate of the gradient of the loss.

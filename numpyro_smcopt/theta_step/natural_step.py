@@ -53,7 +53,7 @@ class NaturalState(NamedTuple):
         return self._replace(reversals=none)
 
     def still_moving(self, grad_norm: Array) -> bool:
-        """Whether hardly any gradient of a run, of which the norms [T] are given, disagreed with the step before it."""
+        """True if hardly any gradient of a run, of which the norms [T] are given, disagreed with the step before it."""
         # Without noise the gradient vanishes at the maximum, and nothing reverses: rounding is left.
         last, complete = np.asarray(self.last, float), np.asarray(self.information.complete, float)
         arrived = grad_norm[-1] <= SMALL_GRADIENT * np.max(grad_norm) or last @ complete @ last < SMALL_GAIN

@@ -207,7 +207,7 @@ class MomentumParticleMLE(ParticleAlgorithm[MomentumState]):
 
     # -- what is chosen -----------------------------------------------------------------------------------------------
     def _knows_units(self, theta: Theta) -> bool:
-        """Whether the step of theta is chosen from the information in the particles."""
+        """True if the step of theta is chosen from the information in the particles."""
         automatic = self.step_size is None and self.preconditioner is None
         return automatic and self.maximises_likelihood and _information_is_affordable(theta)
 

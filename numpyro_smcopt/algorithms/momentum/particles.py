@@ -117,12 +117,12 @@ class LatentStep:
 
     @property
     def adjusted(self) -> bool:
-        """Whether moves are accepted or rejected, so that there is no bias."""
+        """True if moves are accepted or rejected, so that there is no bias."""
         return self.kernel.target is not None
 
     @property
     def chooses(self) -> bool:
-        """Whether step sizes are chosen for a tolerated bias."""
+        """True if step sizes are chosen for a tolerated bias."""
         return self.step_size is None and not self.adjusted
 
     def first(

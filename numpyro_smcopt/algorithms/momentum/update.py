@@ -44,7 +44,7 @@ from numpyro_smcopt.weights import uniform_log_weights
 
 
 class Particles(NamedTuple):
-    """Where the particles are.
+    """The particles at one theta.
 
     Attributes:
         x: [N, D], on unconstrained space.
