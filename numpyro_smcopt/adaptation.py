@@ -3,7 +3,7 @@
 """Pure rules that adapt the tuning parameters of a run to what it observes.
 
 A rule has a state that starts as `init` says, proposes a `value`, and learns in `update` from the diagnostic that it
-`observes`. `effects.adapt` makes a handler of any rule; a rule of your own is as short as these:
+`observes`. `effects.adapt` makes a handler of any rule; a rule of your own is as short as this::
 
     @dataclasses.dataclass(frozen=True)
     class Halving:
