@@ -106,12 +106,11 @@ def likelihood_ratio_test(null: Report, alternative: Report, num_boundary: int =
     Raises:
         ValueError: If the larger model does not add parameters, or fewer than ``num_boundary``.
     """
-    degrees = alternative.num_parameters - null.num_parameters
+    # Parameters at an edge are not counted by a criterion, but the hypotheses are about them, too.
+    larger, smaller = (fit.num_parameters + getattr(fit, "num_at_edge", 0) for fit in (alternative, null))
+    degrees = larger - smaller
     if degrees < 1:
-        raise ValueError(
-            f"The alternative must have more parameters than the null, got {alternative.num_parameters} and "
-            f"{null.num_parameters}."
-        )
+        raise ValueError(f"The alternative must have more parameters than the null, got {larger} and {smaller}.")
     if not 0 <= num_boundary <= degrees:
         raise ValueError(f"num_boundary must lie between 0 and the {degrees} added parameters, got {num_boundary}.")
     statistic = 2 * (alternative.log_evidence - null.log_evidence)

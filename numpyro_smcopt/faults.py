@@ -35,6 +35,17 @@ def unfinished_tempering(num_unfinished: int, num_blocks: int, num_stages: int) 
     )
 
 
+def higher_ground(gain: float) -> str | None:
+    """A restart of the warm start ended ``gain`` nats above the place that the walk from the start led to."""
+    if not gain > 0:
+        return None
+    return (
+        f"The likelihood has several maxima: the one next to the starting values is about {gain:.1f} nats lower than "
+        "one found by starting elsewhere, where the run now begins. There may be higher ones: compare several runs, "
+        "run(..., num_runs=8)."
+    )
+
+
 def refused_updates(num_refused: int, num_updates: int) -> str | None:
     """Some updates would have left a block without weight, or theta not finite."""
     if not num_refused:

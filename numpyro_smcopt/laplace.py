@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from numpyro_smcopt import dispersal
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.information import Information, louis_information
 from numpyro_smcopt.kernels.preconditioners import Curvature
@@ -51,6 +52,9 @@ GOOD_ENOUGH = 1e-3  # predicted decrease, in nats, at which the particles take o
 STEEP = 0.5  # nats that say that there is no plateau in a direction
 LOOKS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)  # how far, in units of a log or logit scale
 WORTH_A_JUMP = 0.003  # nats
+WORTH_A_RESTART = 0.5  # nats
+MOST_RESTARTED = 30  # expansions of the walk from another place
+FAR_OFF = 10.0  # on a log or logit scale, where rounding may pass for lower ground
 MOST_LOOKS = 60
 
 
@@ -277,7 +281,12 @@ def _can_match(num: int, blocks: Blocks) -> bool:
 
 
 def warm_start(
-    expand_fn: Callable[[Any, Any], Expansion], theta: np.ndarray, x: np.ndarray, bounded: np.ndarray
+    expand_fn: Callable[[Any, Any], Expansion],
+    theta: np.ndarray,
+    x: np.ndarray,
+    bounded: np.ndarray,
+    restarts: np.ndarray | None = None,
+    num_observations: int = 1,
 ) -> "WarmStart | None":
     """Walk towards the maximum of the Laplace approximation of the marginal likelihood.
 
@@ -286,6 +295,8 @@ def warm_start(
         theta: [P] where to start.
         x: [D] where to start looking for the mode.
         bounded: [P] which coordinates of theta come from a constrained parameter.
+        restarts: [R, P] places to start from once more, in units of `dispersal.around`; none by default.
+        num_observations: What the information comes from.
 
     Returns:
         Where it ended, or None if there is no usable approximation at the start.
@@ -295,9 +306,25 @@ def warm_start(
         return None
     walk = WarmStart(expand_fn, theta, here, bounded)
     walk.descend()
-    while walk.looks < MOST_LOOKS and walk.look_beyond_plateaus():
-        walk.descend()
-    return walk
+    walk.settle()
+    best, gain = walk, 0.0
+    walk.around = dispersal.around(theta, walk.theta, _diagonal(here), _diagonal(walk.here), num_observations, bounded)
+    for shift in np.zeros((0, len(theta))) if restarts is None else restarts:
+        place = np.asarray(walk.around.center + shift * walk.around.units, theta.dtype)
+        there = jax.device_get(expand_fn(place, x))
+        if not _usable(there):
+            continue
+        other = WarmStart(expand_fn, place, there, bounded)
+        other.descend(MOST_RESTARTED, walk)
+        # Importance weights that matter so much are not known so well.
+        higher = -_change(walk.here, other.here) - abs(float(walk.here.log_mean - other.here.log_mean))
+        # A walk that runs off, to a spike at one observation for instance, has found no maximum.
+        if other.converged and higher > max(gain, WORTH_A_RESTART) and _curves(other.here):
+            best, gain = other, higher
+    if gain > 0.0:
+        best.settle()
+    best.around, best.gain = walk.around, gain if walk.converged else 0.0
+    return best
 
 
 class WarmStart:
@@ -308,6 +335,8 @@ class WarmStart:
         here: The expansion there.
         steps, looks: Expansions used, downhill and along scales.
         converged: Whether the predicted gain of a further step became negligible.
+        around: Where to start from once more.
+        gain: Nats by which a restart ended above the maximum that the walk from the start led to; 0 if none did.
     """
 
     def __init__(
@@ -316,6 +345,7 @@ class WarmStart:
         self.expand_fn, self.bounded = expand_fn, bounded
         self.theta, self.here = theta, here
         self.steps, self.looks, self.converged = 1, 0, False
+        self.around, self.gain = dispersal.Around(theta, np.ones(len(theta))), 0.0
 
     @property
     def mode(self) -> np.ndarray:
@@ -327,10 +357,15 @@ class WarmStart:
         """Expansions used."""
         return self.steps + self.looks
 
-    def descend(self) -> None:
-        """Go downhill to the end."""
+    def settle(self) -> None:
+        """Look beyond plateaus, as long as that leads further down."""
+        while self.looks < MOST_LOOKS and self.look_beyond_plateaus():
+            self.descend()
+
+    def descend(self, most: int = WARM_ITERATIONS, known: "WarmStart | None" = None) -> None:
+        """Go downhill to the end, or to where another walk has ended."""
         fraction, self.converged = 1.0, False
-        while self.steps < WARM_ITERATIONS:
+        while self.steps < most and not (known is not None and known.is_near(self.theta)):
             step = self._no_longer(fraction * _direction(self.here, self.bounded))
             predicted = -float(step @ self.here.gradient)
             if not np.isfinite(predicted) or predicted < GOOD_ENOUGH * fraction:
@@ -347,6 +382,11 @@ class WarmStart:
                 fraction /= 4
                 if fraction < 1e-4:
                     return
+
+    def is_near(self, theta: np.ndarray) -> bool:
+        """Whether a place lies where this walk has ended, within a standard error of complete data."""
+        apart = np.asarray(theta - self.theta, float)
+        return bool(apart @ self.here.information.complete @ apart < 1.0)
 
     def _no_longer(self, step: np.ndarray) -> np.ndarray:
         return step * min(1.0, LONGEST_STEP / max(np.max(np.abs(step[self.bounded]), initial=0.0), 1e-30))
@@ -383,7 +423,8 @@ class WarmStart:
                     if changed < change:
                         step, there, change, others = step + follow, beside, changed, others + follow
             # Further away by less than a third of what is worth a jump is not lower.
-            if change < lowest[0] - (WORTH_A_JUMP / 3 if lowest[2] is not None else 0.0):
+            far = abs(self.theta[j] + step[j]) > FAR_OFF
+            if change < min(lowest[0] - (WORTH_A_JUMP / 3 if lowest[2] is not None else 0.0), -STEEP if far else 0.0):
                 lowest = (change, step, there)
             if not change < STEEP:
                 break
@@ -395,13 +436,28 @@ class WarmStart:
         """The expansion after a step, and the change of ``F_w``; infinite where there is no usable one."""
         theta = np.asarray(self.theta + step, self.theta.dtype)
         there, here = jax.device_get(self.expand_fn(theta, self.here.mode.x)), self.here
-        # The terms are subtracted first: totals of a million observations would cancel.
-        change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
-        change -= there.log_mean - here.log_mean
-        return there, float(change) if _usable(there) else np.inf
+        return there, _change(here, there) if _usable(there) else np.inf
 
     def _go(self, step: np.ndarray, there: Expansion) -> None:
         self.theta, self.here = (self.theta + step).astype(self.theta.dtype), there
+
+
+def _change(here: Expansion, there: Expansion) -> float:
+    """Of ``L_w``."""
+    # The terms are subtracted first: totals of a million observations would cancel.
+    change = np.sum(there.mode.terms.astype(float) - here.mode.terms) + there.half_log_det - here.half_log_det
+    return float(change - (there.log_mean - here.log_mean))
+
+
+def _diagonal(here: Expansion) -> np.ndarray:
+    return np.diag(here.information.complete).astype(float)
+
+
+def _curves(here: Expansion) -> bool:
+    """Whether the observed information is that of a maximum, and none of its coordinates runs off."""
+    complete, missing = (np.asarray(v, float) for v in here.information[:2])
+    scale = 1 / np.sqrt(np.maximum(np.abs(np.diag(complete)), 1e-30))
+    return bool(np.linalg.eigvalsh((complete - missing) * scale[:, None] * scale)[0] > SMALLEST_EIGENVALUE)
 
 
 def _usable(expansion: Expansion) -> bool:

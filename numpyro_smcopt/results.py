@@ -42,6 +42,22 @@ class RunResult(NamedTuple):
     runs: "Runs | None" = None
 
 
+class Maximum(NamedTuple):
+    """A maximum of the likelihood that some runs ended at.
+
+    Attributes:
+        log_evidence: Log marginal likelihood there; for other objectives minus the loss.
+        error: Its Monte Carlo standard deviation.
+        runs: Which runs ended there, the best first.
+        params: Where the best of them ended, constrained.
+    """
+
+    log_evidence: float
+    error: float
+    runs: tuple[int, ...]
+    params: Params
+
+
 class Runs(NamedTuple):
     """Several independent runs.
 
@@ -55,6 +71,8 @@ class Runs(NamedTuple):
             where all runs ended at the same place, large where some did not. Empty if no iterates were kept.
         spread: ``{param site: array}``, the standard deviation of the estimates over the runs. Where R-hat is near
             one this is the Monte Carlo error of the estimate of one run.
+        maxima: The distinct maxima that the runs ended at, highest first; labels of components that are exchanged and
+            signs of loadings make no difference.
     """
 
     results: tuple[RunResult, ...]
@@ -63,6 +81,7 @@ class Runs(NamedTuple):
     loss_errors: np.ndarray
     r_hat: Params
     spread: Params
+    maxima: tuple[Maximum, ...] = ()
 
     @property
     def states(self) -> list[Any]:

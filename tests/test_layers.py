@@ -33,7 +33,7 @@ LAYERS = (
     {"adaptation", "potential", "effects", "resampling", "control_variates", "information", "results"},
     {"weights", "block_search"},
     {"blocks"},
-    {"term_sums", "random_numbers", "traces", "branching"},
+    {"term_sums", "random_numbers", "traces", "branching", "dispersal"},
     {"types"},
 )
 

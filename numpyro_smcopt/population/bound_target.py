@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from numpyro_smcopt.dispersal import Elsewhere
 from numpyro_smcopt.potential import StaticArguments, Target
 from numpyro_smcopt.types import Array, Theta
 
@@ -22,11 +23,13 @@ class BoundTarget:
 
     Attributes:
         theta: Parameters of which the shapes count; None unless `at` has set them.
+        elsewhere: Other places that a warm start looks at.
     """
 
     def __init__(self, programs: Any, arrays: list[Array], static: StaticArguments) -> None:
         self.programs, self.arrays, self.static = programs, arrays, static
         self.theta: Any = None
+        self.elsewhere = Elsewhere()
 
     @cached_property
     def target(self) -> Target:
@@ -37,6 +40,12 @@ class BoundTarget:
         """The same with parameters."""
         bound = copy.copy(self)
         bound.theta = theta
+        return bound
+
+    def looking(self, elsewhere: Elsewhere) -> "BoundTarget":
+        """The same, but that a warm start looks at other places."""
+        bound = copy.copy(self)
+        bound.elsewhere = elsewhere
         return bound
 
     def call(self, name: Any, function: Callable, *arguments: Any) -> Any:

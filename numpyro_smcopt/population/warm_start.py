@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_smcopt import laplace
+from numpyro_smcopt import dispersal, faults, laplace
 from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.budget import LARGEST_INFORMATION, num_for_information
@@ -17,6 +17,8 @@ from numpyro_smcopt.potential import Target
 from numpyro_smcopt.types import Array, Theta
 
 WARM_DRAWS = 64
+RESTART_WORK = 5e6  # array elements that an expansion may compute, if others are to follow for restarts
+NEWTON_STEPS = 10  # of a mode, as a rule
 
 
 def warm_start(bound: BoundTarget, theta: Theta, blocks: Blocks) -> tuple[Theta, np.ndarray] | None:
@@ -42,7 +44,14 @@ def warm_start(bound: BoundTarget, theta: Theta, blocks: Blocks) -> tuple[Theta,
 
     expand_fn = lambda flat, x: bound.call("expand", expand, flat, x, normals, blocks)  # noqa: E731
     bounded, origin = bound.target.bounded_coordinates(theta), np.zeros(len(blocks.of_coordinate), flat.dtype)
-    found = laplace.warm_start(expand_fn, flat, origin, bounded)
+    cheap = bound.target.work(theta) * (num_draws * flat.size + NEWTON_STEPS * blocks.width) < RESTART_WORK
+    restarts = dispersal.normals(bound.elsewhere.restarts if cheap else 0, flat.size)
+    sites = bound.target.sites
+    num_observations = sites.num_observations or sites.num_terms  # masks may decide how many are observed
+    found = laplace.warm_start(expand_fn, flat, origin, bounded, restarts, num_observations)
+    if found is not None:
+        bound.elsewhere.around = found.around
+        faults.warn_of([faults.higher_ground(found.gain)])
     return None if found is None else (unravel(found.theta), found.mode)
 
 

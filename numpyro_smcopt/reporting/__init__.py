@@ -4,7 +4,8 @@
 
 build_report      from a state to a report: what is computed
 report_texts      what a report says of it
-boundaries        maxima on the boundary of a support
+boundaries        maxima that no finite theta reaches
+edges             what arrives at an edge there, in the parameter's own terms
 evidence_at       the log evidence as a function of theta: fresh particles, and what they tell
 programs          the compiled parts of it
 derivatives       of the log evidence in theta

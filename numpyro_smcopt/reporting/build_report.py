@@ -14,7 +14,7 @@ from numpyro_smcopt.population.budget import LARGEST_INFORMATION
 from numpyro_smcopt.population.first_cloud import starts_from_prior
 from numpyro_smcopt.population.self_check import as_precise_as_needed
 from numpyro_smcopt.potential import Target
-from numpyro_smcopt.reporting.boundaries import Boundary, about_boundaries, find_boundaries
+from numpyro_smcopt.reporting.boundaries import ANCHORED_FALL, Recession, anchored, find_recessions
 from numpyro_smcopt.reporting.coordinates import coordinate_names, ravel, unravel
 from numpyro_smcopt.reporting.evidence_at import EvidenceAt, Exploration, complete_information
 from numpyro_smcopt.reporting.flat_directions import about_directions
@@ -102,12 +102,14 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
     continuous = not _jumps(found)
     if not continuous:
         found = at(params, False)
+    names, theta_names = coordinate_names(params), coordinate_names(found.fixed.theta)
+    found, curvature, recessions, about = _at_the_maximum(found, at, continuous, theta_names)
     fixed, evidence = found.fixed, found.evidence
-    names, theta_names = coordinate_names(params), coordinate_names(fixed.theta)
-    curvature, boundaries, about = _at_the_maximum(found, at, continuous, theta_names)
     laplace_fitted, about_laplace_maximum = _fit_by_laplace(found, curvature, at, theta_names)
     jacobian = np.asarray(fixed.jacobian, float)
-    known = ~np.any((jacobian != 0) & ~curvature.identified, 1)
+    at_edge = {name: boundary for recession in recessions for name, boundary in recession.numbers.items()}
+    moves = np.any([np.zeros(len(theta_names), bool), *(recession.moves for recession in recessions)], 0)
+    known = ~np.any((jacobian != 0) & ~curvature.identified & ~moves, 1) & ~np.isin(names, list(at_edge))
     by_delta = lambda v: np.where(known[:, None] & known, jacobian @ v @ jacobian.T, np.nan)  # noqa: E731
     covariance, sandwich = by_delta(curvature.covariance), None
     if found.derivatives is not None and found.derivatives.outer is not None:
@@ -126,7 +128,7 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
         names=names,
         log_evidence=evidence.log_evidence,
         log_evidence_std=evidence.log_evidence_std,
-        num_parameters=len(theta_names) - curvature.num_singular,
+        num_parameters=len(theta_names) - curvature.num_singular - len(recessions),
         num_observations=_count_observations(at.start),
         samples=evidence.samples,
         log_weights=evidence.log_weights,
@@ -146,8 +148,9 @@ def build_report(params: Params, at: EvidenceAt) -> Report:
         theta=fixed.theta,
         theta_covariance=curvature.covariance,
         constraints=fixed.constraints,
-        boundaries={theta_names[k]: boundary for k, boundary in boundaries.items()},
+        boundaries=at_edge,
         sandwich_covariance=sandwich,
+        num_at_edge=len(recessions),
     )
 
 
@@ -170,19 +173,32 @@ def _rounding(found: Exploration, curvature: Curvature) -> np.ndarray:
 
 def _at_the_maximum(
     found: Exploration, at: EvidenceAt, continuous: bool, names: tuple[str, ...]
-) -> tuple[Curvature, dict[int, Boundary], list[str]]:
-    """The maximum as far as it is known, the coordinates at the boundary, and notes on both."""
-    derivatives = found.derivatives
-    if derivatives is None:
+) -> tuple[Exploration, Curvature, list[Recession], list[str]]:
+    """Where the maximum is explored, what is known of it, where theta runs off, and what is to be said of both."""
+    if found.derivatives is None:
         without = f"There are no standard errors: {len(names)} parameters need too large a matrix."
-        return no_curvature(len(names)), {}, [without]
-    boundaries = find_boundaries(found, lambda params: at(params, continuous), at.complete)
-    held = np.isin(np.arange(len(names)), list(boundaries))
+        return found, no_curvature(len(names)), [], [without]
+    # Where a density has lost its digits, the complete-data information has lost its own.
+    afresh = lambda params: dataclasses.replace(  # noqa: E731
+        at, complete=complete_information(at.rng_key, at.start, params, at.cloud, at.blocks)
+    )
+    near = anchored(found, lambda params: afresh(params)(params, continuous))
+    at = at if near is found else afresh(near.fixed.constrained(ravel(near.fixed.theta)))
+    recessions = find_recessions(near, lambda params: at(params, continuous), at.complete)
+    # The estimate itself is nearer to the limit, where it has kept its digits.
+    if recessions and not abs(near.evidence.log_evidence - found.evidence.log_evidence) < ANCHORED_FALL:
+        found = near
+    derivatives = found.derivatives
+    assert derivatives is not None
+    held = np.isin(np.arange(len(names)), [recession.coordinate for recession in recessions])
     noisy = derivatives.score, derivatives.information, derivatives.complete
     curvature = curvature_of(*noisy, names, held, at.complete)
-    about = about_boundaries(boundaries, names)
-    about += about_directions(curvature.singular, curvature.hidden, curvature.indefinite)
-    return curvature, boundaries, about + about_curvature(curvature, names)
+    curvature = curvature.without(np.any([held, *(recession.moves for recession in recessions)], 0))
+    about = [sentence for recession in recessions for sentence in recession.describe()]
+    if not any(boundary.endless for recession in recessions for boundary in recession.numbers.values()):
+        about += about_directions(curvature.singular, curvature.hidden, curvature.indefinite)
+        about += about_curvature(curvature, names)
+    return found, curvature, recessions, about
 
 
 def _fit_by_laplace(

@@ -35,7 +35,7 @@ class Report:
         names: [Q] ``"beta[0]"`` and so on, the coordinates of ``params`` in the order of ``covariance``.
         log_evidence: Log marginal likelihood at the estimate.
         log_evidence_std: Its Monte Carlo standard deviation.
-        num_parameters: Free parameters, directions that are not identified left out.
+        num_parameters: Free parameters; directions that are not identified, or lead to a boundary, left out.
         num_observations: Batch elements of the observed sites.
         samples: Latent and deterministic sites at the estimate, [S, ...] each.
         log_weights: [S] normalised log weights of the samples; equal where the latents fall into several blocks.
@@ -55,9 +55,11 @@ class Report:
         theta: The estimate, unconstrained.
         theta_covariance: [P, P] covariance of the flat ``theta``.
         constraints: Constraint of each param site.
-        boundaries: Coordinates on the boundary of their support, by name.
+        boundaries: What lies on the boundary of its support or at infinity, by name: coordinates of ``params``, and
+            differences, correlations and standard deviations, as ``"correlation L[1,0]"``.
         sandwich_covariance: [Q, Q] robust covariance ``I^-1 (sum_u s_u s_u^T) I^-1``, if it was asked for: the units u
             are the independent blocks, and the observations that depend on no latent (Huber 1967; White 1982).
+        num_at_edge: Directions of theta that lead to a boundary or to infinity.
     """
 
     params: Params
@@ -79,6 +81,7 @@ class Report:
     constraints: dict[str, Constraint]
     boundaries: dict[str, Boundary]
     sandwich_covariance: np.ndarray | None = None
+    num_at_edge: int = 0
 
     @property
     def sandwich_standard_errors(self) -> Params:
@@ -139,8 +142,9 @@ class Report:
             intervals[name] = both
         flat_ends = ravel(intervals, 2)
         flat_ends[~np.isfinite(ravel(self.standard_errors))] = np.nan
-        for name, boundary in self.boundaries.items():
-            flat_ends[self.names.index(name)] = boundary.interval(level)
+        for k, name in enumerate(self.names):
+            if name in self.boundaries:
+                flat_ends[k] = self.boundaries[name].interval(level)
         return unravel(flat_ends, self.params)
 
     def print_summary(self, level: float = 0.95) -> None:
@@ -193,7 +197,7 @@ class Report:
 def _number(value: float, scale: float) -> str:
     """Three digits of the standard error, or four of the value."""
     if not np.isfinite(value):
-        return "-"
+        return "-" if np.isnan(value) else f"{value}"
     size = scale if np.isfinite(scale) and scale > 0 else abs(value)
     digits = int(np.clip(2 - np.floor(np.log10(size)), 0, 8)) if size > 0 else 2
     return f"{value:.{digits}f}"

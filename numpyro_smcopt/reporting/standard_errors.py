@@ -63,6 +63,12 @@ class Curvature(NamedTuple):
         usable = self.identified & (self.standard_errors > 0)
         return np.divide(way, self.standard_errors, out=np.full(len(way), np.nan), where=usable)
 
+    def without(self, coordinates: np.ndarray) -> "Curvature":
+        """The same, but for coordinates [P bool] that are not to have an estimate."""
+        keep = ~coordinates
+        covariance, steps = self.covariance * keep * keep[:, None], self.steps * keep
+        return self._replace(covariance=covariance, identified=self.identified & keep, steps=steps)
+
 
 def no_curvature(size: int) -> Curvature:
     """Nothing is known of ``size`` coordinates."""

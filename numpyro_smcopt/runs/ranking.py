@@ -9,6 +9,7 @@ from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.results import RunResult, Runs, Status
 from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.runs.convergence import r_hat
+from numpyro_smcopt.runs.maxima import distinct_maxima
 from numpyro_smcopt.types import Array, Params
 
 TAIL = 0.25  # of a run, whose mean loss ranks it where there is no likelihood
@@ -45,5 +46,6 @@ def rank(
         loss_errors=errors,
         r_hat=jax.tree.map(r_hat, trajectories),
         spread=jax.tree.map(spread, *(result.params for result in results)),
+        maxima=distinct_maxima(losses, errors, [result.params for result in results]),
     )
     return results[best]._replace(runs=runs)

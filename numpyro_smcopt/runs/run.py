@@ -15,6 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from numpyro_smcopt import effects, faults
+from numpyro_smcopt.dispersal import Elsewhere
 from numpyro_smcopt.population import budget
 from numpyro_smcopt.population.bound_target import BoundTarget
 from numpyro_smcopt.population.gradients import step_context
@@ -25,6 +26,7 @@ from numpyro_smcopt.runs.algorithm import Algorithm
 from numpyro_smcopt.runs.checkpoint import RunSettings
 from numpyro_smcopt.runs.compilation import Program
 from numpyro_smcopt.runs.convergence import look, theta_moves
+from numpyro_smcopt.runs.dispersed_start import start_dispersed
 from numpyro_smcopt.runs.first_state import split_init_params, start
 from numpyro_smcopt.runs.ranking import rank
 from numpyro_smcopt.runs.run_axis import RunAxis
@@ -53,6 +55,9 @@ class Driver:
     def start(self, rng_key: Array, init_params: Params | None) -> Any:
         """The first state; the one of run k is that of a single run with the k-th of the split keys.
 
+        Run 0 starts where a single run would. Starting values of the others that would be the same are dispersed around
+        them, if a warm start tells how far, and no value was given for each run.
+
         Args:
             rng_key: Randomness.
             init_params: Constrained starting values, of the shape of their site or with a leading axis of R.
@@ -71,10 +76,17 @@ class Driver:
         starts = split_init_params(self.bound, rng_key, init_params, num_runs)
         # A handler may keep a state of its own or replace controls: then nobody knows the state before it is made.
         plain = not self.algorithm.handlers and not effects.handlers_are_active()
-        for k, key in enumerate(self.axis.split(rng_key)):
-            foresee = self._prepare if plain and k == 0 else None
+        apart = any(a is not b for a, b in zip(*(jax.tree.leaves(starts[k]) for k in (0, -1)), strict=True))
+        bound = self.bound.looking(Elsewhere(0) if apart else Elsewhere())
+        keys = self.axis.split(rng_key)
+        for k, key in enumerate(keys):
             try:
-                states.append(start(self.algorithm, self.bound, key, starts[k], foresee, double))
+                if k == 0:
+                    foresee = self._prepare if plain else None
+                    states.append(start(self.algorithm, bound, key, starts[0], foresee, double))
+                else:
+                    around = None if apart else bound.elsewhere.around
+                    states.append(start_dispersed(self.algorithm, bound, keys, k, starts[k], around, double))
             except ValueError as error:
                 if num_runs > 1:
                     error.add_note(f"This was the start of run {k} of {num_runs}, which are counted from 0.")
