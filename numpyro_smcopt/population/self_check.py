@@ -51,7 +51,7 @@ def as_precise_as_needed(bound: BoundTarget, theta: Theta, x: Any, blocks: Block
     try:
         with double_allowed(double):
             exact = np.asarray(bound.call("self-check", _energies, theta, x[some], double), float)
-    except TypeError:  # a model that insists on single precision
+    except (TypeError, ValueError):  # a model that insists on single precision: it works in that
         return blocks
     exact = exact.reshape(len(some), 2, -1).sum(1)
     # Where there is no energy in double precision either, nothing is to be gained.
