@@ -137,10 +137,29 @@ def test_an_unweighted_gradient_that_is_not_finite_is_no_part_of_the_state():
 
 
 @pytest.mark.parametrize("name", ["default", *UNWEIGHTED])
-def test_a_start_where_half_of_all_evaluations_fail_is_refused_in_words(name):
+def test_a_start_where_all_evaluations_fail_is_refused_in_words(name):
     optimizer = SMCOptimizer(model, num_particles=64) if name == "default" else UNWEIGHTED[name]()
+    with pytest.raises(ValueError, match=r"'fault' has no finite log .* any starting point: 8 of its 8.*start .* else"):
+        optimizer.init(random.key(1), Y, 1.0)
+
+
+@pytest.mark.parametrize(("name", "status"), [("default", Status.WEIGHTS_COLLAPSED), ("implicit", Status.NON_FINITE)])
+def test_a_start_where_half_of_all_evaluations_fail_is_possible_block_by_block(name, status):
+    optimizer = SMCOptimizer(model, num_particles=64) if name == "default" else UNWEIGHTED[name]()
+    state = optimizer.init(random.key(1), Y, 0.5)
+    no_nan(state)
+    # It is no sound run for that, and says so.
+    with pytest.warns(UserWarning) as record:
+        result = optimizer.run(random.key(1), 100, Y, 0.5, progress_bar=False, init_state=state)
+    assert re.search(r"not finite for \d+ particles", " ".join(str(warning.message) for warning in record))
+    assert result.status is status
+    no_nan(result.state)
+
+
+def test_a_start_without_a_particle_that_is_sound_in_all_blocks_is_refused_in_words():
+    # Of 64 particles without weights, each sound with probability 2^-8.
     with pytest.raises(ValueError, match=r"not finite at any starting point.*Start .* elsewhere"):
-        optimizer.init(random.key(1), Y, 0.5)
+        UNWEIGHTED["momentum"]().init(random.key(1), Y, 0.5)
 
 
 def wall(y):
