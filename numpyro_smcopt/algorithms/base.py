@@ -100,7 +100,7 @@ class ParticleAlgorithm(Algorithm[S]):
         energy or what their sampler knows of the evidence. Arguments are those of `update`.
         """
         self._check_state(state)
-        return self._bind(args, kwargs).call("evaluate", self.loss, state)
+        return self._bind(args, kwargs).call("evaluate", self.loss, state, often=True)
 
     def get_params(self, state: S) -> Params:
         """The estimate in a state, on the constrained scale of the model."""

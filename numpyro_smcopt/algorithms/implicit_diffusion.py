@@ -257,8 +257,7 @@ class ImplicitDiffusion(ParticleAlgorithm[ImplicitDiffusionState]):
 
     def adopt(self, target: Target, state: ImplicitDiffusionState, fingerprint: Array) -> ImplicitDiffusionState:
         """See `Algorithm.adopt`."""
-        next_key, key_assess, key_blocks = split(state.rng_key, 3)
-        state = state._replace(rng_key=next_key)
+        key_assess, key_blocks = random.split(aside(state.rng_key))
         particles, wrong = self.sampler.adopt(key_blocks, target, state.theta, state.particles, state.blocks)
         assessed = self.sampler.assess(key_assess, target, state.theta, particles, state.blocks, self.objective)
         adopted = state._replace(
@@ -271,7 +270,6 @@ class ImplicitDiffusion(ParticleAlgorithm[ImplicitDiffusionState]):
 
     def loss(self, target: Target, state: ImplicitDiffusionState) -> Array:
         """See `Algorithm.loss`."""
-        state = state._replace(rng_key=aside(state.rng_key))
         return self.adopt(target, state, state.fingerprint).assessed.loss
 
     def draw(self, target: Target, rng_key: Array, state: Any, num: int | None) -> dict[str, Array]:

@@ -441,14 +441,12 @@ def _concluded(
 
 
 def adopt(target: Target, state: SMCState, fingerprint: Array) -> SMCState:
-    """The state under new data, by weights; as before, but for its randomness, if they contradict its blocks."""
+    """The state under new data, by weights; as it was if they contradict its blocks."""
     target, blocks = added_up(target, state.blocks)
-    next_key, key_check = split(state.rng_key, 2)
     points = jax.vmap(evaluator(target, state.theta, state.points.score is not None))(state.points.x)
     new = reweight(state.log_weights, incremental_log_weight(state.points.terms, points.terms, blocks.sum_terms))
-    wrong = blocks_are_wrong(key_check, target, state.theta, points.x, blocks)
+    wrong = blocks_are_wrong(aside(state.rng_key), target, state.theta, points.x, blocks)
     free = jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
-    state = state._replace(rng_key=next_key)
     adopted = state._replace(
         points=replace_dead(points, new.log_weights, blocks),
         log_weights=new.log_weights,
@@ -461,11 +459,11 @@ def adopt(target: Target, state: SMCState, fingerprint: Array) -> SMCState:
 
 def loss_on(parts: SMCParts, target: Target, state: SMCState) -> Array:
     """[] the loss in a state under the data of ``target``."""
-    state = adopt(target, state._replace(rng_key=aside(state.rng_key)), state.fingerprint)
+    state = adopt(target, state, state.fingerprint)
     if parts.objective.is_likelihood:
         return -log_evidence(state)
     target, blocks = added_up(target, state.blocks)
-    return estimate_at(parts, target, state.theta, state, blocks, state.rng_key).loss
+    return estimate_at(parts, target, state.theta, state, blocks, aside(state.rng_key)).loss
 
 
 def log_evidence(state: SMCState) -> Array:

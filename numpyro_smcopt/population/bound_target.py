@@ -48,9 +48,12 @@ class BoundTarget:
         bound.elsewhere = elsewhere
         return bound
 
-    def call(self, name: Any, function: Callable, *arguments: Any) -> Any:
-        """Compile ``function(target, *arguments)`` under ``name``, if need be, and call it."""
-        return self.programs(name, function)(self.static, self.arrays, *arguments)
+    def call(self, name: Any, function: Callable, *arguments: Any, often: bool = False) -> Any:
+        """Compile ``function(target, *arguments)`` under ``name``, if need be, and call it.
+
+        What is called ``often`` is optimised, and agrees to the last digit with what a run computes.
+        """
+        return self.programs(name, function, often=often)(self.static, self.arrays, *arguments)
 
     def prepare(self, name: Any, function: Callable, *arguments: Any) -> Any:
         """Begin to compile what `call` will call; shapes and types of its result. Those do for the arguments, too."""

@@ -15,7 +15,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random
 
 from numpyro_smcopt import effects
 from numpyro_smcopt.blocks import Blocks, Partition, one_block
@@ -26,6 +25,7 @@ from numpyro_smcopt.population.evaluate import blocks_are_wrong
 from numpyro_smcopt.population.independent_blocks import independent_blocks
 from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.potential import StaticArguments, Target, join_arguments, make_target, split_arguments
+from numpyro_smcopt.random_numbers import aside
 from numpyro_smcopt.results import RunResult, Status
 from numpyro_smcopt.runs.compilation import Programs
 from numpyro_smcopt.types import Array, Model, Params, State, Theta
@@ -152,10 +152,9 @@ class Algorithm(abc.ABC, Generic[S]):
     def adopt(self, target: Target, state: S, fingerprint: Array) -> S:
         """The state under other data, those of ``target``, or as it was but with ``wrong_blocks``; pure."""
         particles: Any = state
-        key, key_check = random.split(state.rng_key)
-        wrong = blocks_are_wrong(key_check, target, state.theta, particles.points.x, state.blocks)
+        wrong = blocks_are_wrong(aside(state.rng_key), target, state.theta, particles.points.x, state.blocks)
         fingerprint = jnp.where(wrong, state.fingerprint, fingerprint)
-        return state._replace(rng_key=key, fingerprint=fingerprint, wrong_blocks=wrong)
+        return state._replace(fingerprint=fingerprint, wrong_blocks=wrong)
 
     def faults(self, state: S, diagnostics: dict[str, np.ndarray]) -> tuple[list[str | None], Status]:
         """Faults of a run with these diagnostics [T, ...], each with its remedy, and its status."""

@@ -43,7 +43,7 @@ def update(algorithm: Algorithm, bound: BoundTarget, state: Any) -> Any:
         def step(target: Target, state: Any, arrays: list[Array], numbers: dict[str, Array]) -> Any:
             return step_on_data(algorithm, target, state, fingerprint(arrays), {**numbers, **functions})
 
-        return bound.call(("update", *functions.items()), step, state, bound.arrays, numbers)
+        return bound.call(("update", *functions.items()), step, state, bound.arrays, numbers, often=True)
 
     state = announce_step(algorithm, compiled, state)
     check_blocks(state)
