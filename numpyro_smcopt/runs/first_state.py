@@ -82,9 +82,9 @@ def start(
         return bound.call("first", _first(algorithm), key_first, place[0], blocks, place[1])
 
     state, particles = begun(blocks)
-    terms = None if particles is None else particles[0]
-    place = bound, state.theta, state.points.x, blocks
-    precise = blocks if double else as_precise_as_needed(*place, terms)
+    precise = blocks
+    if particles is not None and not double:
+        precise = as_precise_as_needed(bound, state.theta, state.points.x, blocks, particles[0])
     if precise is not blocks:
         blocks = precise
         state, particles = begun(blocks)

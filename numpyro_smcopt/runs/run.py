@@ -152,7 +152,8 @@ class Driver:
 
         warn_early = lambda state, records: faults.warn_of(self._early_faults(state, records))  # noqa: E731
         # The end of a short run has told it, if it is made longer.
-        told = past_status is not None and past is not None and bool(self._early_faults(state, past))
+        ended = past_status not in (None, Status.INTERRUPTED)
+        told = ended and past is not None and bool(self._early_faults(state, past))
         # Both the warning and the decision come before the checkpoint, which then says that they were made.
         pauses = [] if told else [loop.Pause(faults.LAST_LOOK, warn_early, until=faults.LAST_LOOK)]
         if settings.early_stop is not None:
