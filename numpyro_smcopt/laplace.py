@@ -186,6 +186,7 @@ class Expansion(NamedTuple):
         log_mean: [] log of the mean importance weight of draws from the approximation, which is zero where it is exact.
         gradient: [P] expected gradient under the approximation.
         information: Complete and missing information under the approximation.
+        resolution: [] the least standard deviation of a latent given the others, in units of its rounding.
     """
 
     mode: Mode
@@ -193,6 +194,7 @@ class Expansion(NamedTuple):
     log_mean: Array
     gradient: Array
     information: Information
+    resolution: Array
 
 
 def expand(
@@ -213,7 +215,9 @@ def expand(
     if not _can_match(normals.shape[0], blocks):
         correction = _linear_correction(terms_fn, theta, mode.x, factor, normals, blocks)
         information = information._replace(missing=information.missing + correction)
-    return Expansion(mode, jnp.sum(half_log_det), jnp.sum(log_means), gradient, information)
+    stiffness = blocks.scatter(jnp.sqrt(jnp.diagonal(mode.hessian, axis1=1, axis2=2)))
+    resolution = 1 / (jnp.finfo(theta.dtype).eps * jnp.max(stiffness * jnp.abs(mode.x), initial=0.0))
+    return Expansion(mode, jnp.sum(half_log_det), jnp.sum(log_means), gradient, information, resolution)
 
 
 def _skewness_shift(
@@ -436,7 +440,9 @@ class WarmStart:
         """The expansion after a step, and the change of ``F_w``; infinite where there is no usable one."""
         theta = np.asarray(self.theta + step, self.theta.dtype)
         there, here = jax.device_get(self.expand_fn(theta, self.here.mode.x)), self.here
-        return there, _change(here, there) if _usable(there) else np.inf
+        # Narrower than rounding, draws are one point, and any likelihood looks the higher the narrower.
+        resolved = there.resolution >= min(1.0, float(here.resolution))
+        return there, _change(here, there) if resolved and _usable(there) else np.inf
 
     def _go(self, step: np.ndarray, there: Expansion) -> None:
         self.theta, self.here = (self.theta + step).astype(self.theta.dtype), there
