@@ -57,11 +57,12 @@ def first_cloud(
         num_particles: N.
         init_strategy: Where particles start, if not in the prior.
     """
-    terms_fn, flat, _ = flat_terms(target.relaxed(), theta)
+    (terms_fn, flat, _), (strict_fn, *_) = flat_terms(target.relaxed(), theta), flat_terms(target, theta)
     at_theta = lambda x: terms_fn(flat, x)  # noqa: E731
     from_prior = starts_from_prior(target, init_strategy)
     key_draw, key_move = random.split(rng_key)
     x = draw_particles(num_particles, from_prior, init_strategy)(target, key_draw, theta)
+    contradicted = ~jnp.all(jnp.isfinite(blocks.sum_terms(jax.vmap(lambda x: strict_fn(flat, x))(x))), 0)
     prior = jnp.asarray(target.sites.prior_mask)
     curvature = None
     if kernel.preconditioning.dense and laplace.affordable(blocks) and blocks.width > 1:
@@ -71,7 +72,17 @@ def first_cloud(
     beta = jnp.full(blocks.num_blocks, 0.0 if from_prior else 1.0, x.dtype)
     final_moves = FINAL_MOVES if from_prior else BURN_IN
     return tempering.temper(
-        key_move, at_theta, x, prior, blocks, kernel, step, curvature, beta, final_moves=final_moves
+        key_move,
+        at_theta,
+        x,
+        prior,
+        blocks,
+        kernel,
+        step,
+        curvature,
+        beta,
+        impossible=contradicted,
+        final_moves=final_moves,
     )
 
 

@@ -74,6 +74,7 @@ def temper(
     curvature: Curvature | None,
     beta: Array,
     *,
+    impossible: Array | bool = False,
     target_ess: float = 0.5,
     moves: int = 2,
     final_moves: int = 10,
@@ -90,6 +91,7 @@ def temper(
         step: Where step sizes and preconditioner start; the preconditioner has factors if ``curvature`` is given.
         curvature: Hessian blocks, from which every stage forms its own preconditioner, if affordable.
         beta: [B] inverse temperatures to start from: 0 for draws from the prior; 1 for a mere burn-in.
+        impossible: [B] bool, in which blocks some of the draws are; in others a high energy is what it is.
         target_ess: Fraction of effective particles that a stage keeps.
         moves: Moves per stage.
         final_moves: Moves at temperature one.
@@ -139,7 +141,7 @@ def temper(
         rest = blocks.sum_terms(jnp.where(prior_mask, 0.0, points.terms / shares))
         rest = jnp.where(jnp.isfinite(rest), rest, jnp.inf)
         # Where most are contradicted by data, these go first, little by little: a few moves at each height.
-        contradicted = jnp.mean(rest > IMPOSSIBLE, 0, dtype=rest.dtype) > MOST_CONTRADICTED
+        contradicted = impossible & (jnp.mean(rest > IMPOSSIBLE, 0, dtype=rest.dtype) > MOST_CONTRADICTED)
         room = jnp.where(contradicted, jnp.minimum(1 - beta, HIGHEST_STEP / PLATEAU), 1 - beta)
         increment = _next_increment(rest, jnp.where(last, 0.0, room), target_ess)
         weighed = reweight(equal, -increment * rest)
@@ -158,19 +160,23 @@ def temper(
     lines = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], equal.shape)
     carry = (points, beta, zeros, step, zeros, lines, 0, jnp.asarray(False))
     points, beta, log_evidence, step, acceptance, lines, k, _ = lax.while_loop(lambda carry: ~carry[7], stage, carry)
-    points, possible = _possible(points, jnp.where(prior_mask, 1.0, share(beta)), blocks)
+    points, possible = _possible(points, jnp.where(prior_mask, 1.0, share(beta)), blocks, impossible)
     log_evidence += jnp.log(possible)
     alive = jax.vmap(lambda lines: jnp.zeros(num_particles, jnp.int32).at[lines].set(1).sum(), in_axes=1)(lines)
     return Tempered(points, log_evidence, step, jnp.asarray(k), beta < 1.0, acceptance, alive)
 
 
-def _possible(points: Point, shares: Array, blocks: Blocks) -> tuple[Point, Array]:
+def _possible(points: Point, shares: Array, blocks: Blocks, impossible: Array | bool) -> tuple[Point, Array]:
     """The particles [N, ...], of which possible ones take the place of the others; [B] the share of the possible ones.
 
-    Where none is left the terms in question are NaN, and the share is one.
+    Where none is left the terms in question are NaN, and the share is one; but where all draws were possible, data that
+    all particles find as unlikely as the impossible are merely far away.
     """
-    on_plateau = ~(points.terms / shares < IMPOSSIBLE)
-    bad = blocks.sum_terms(on_plateau.astype(shares.dtype)) > 0
+    high = ~(points.terms / shares < IMPOSSIBLE)
+    bad = blocks.sum_terms(high.astype(shares.dtype)) > 0
+    far = jnp.all(bad, 0) & jnp.logical_not(impossible)
+    bad, on_plateau = bad & ~far, high & ~blocks.to_terms(far, jnp.asarray(False))
+    on_plateau |= ~jnp.isfinite(points.terms)
     num = jnp.sum(~bad, 0)
 
     def replace(points: Point) -> Point:
