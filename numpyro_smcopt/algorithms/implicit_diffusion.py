@@ -33,7 +33,7 @@ from numpyro_smcopt.blocks import Blocks
 from numpyro_smcopt.kernels import Kernel, Point
 from numpyro_smcopt.objectives import MarginalLikelihood, Objective, as_objective
 from numpyro_smcopt.population.bound_target import BoundTarget
-from numpyro_smcopt.population.safeguards import next_backoff, select
+from numpyro_smcopt.population.safeguards import is_finite, next_backoff, select
 from numpyro_smcopt.population.tempering import Tempered
 from numpyro_smcopt.population.warm_start import warm_start
 from numpyro_smcopt.potential import Target
@@ -222,7 +222,8 @@ class ImplicitDiffusion(ParticleAlgorithm[ImplicitDiffusionState]):
             admit=lambda step: controls["learning_rate"] * state.step_backoff * step,
         )
         proposed, theta_state = theta_step.update(state.theta_state, flat, around)
-        accepted = jnp.all(jnp.isfinite(proposed)) & state.usable
+        inside = is_finite(target, unravel(proposed))
+        accepted = inside & state.usable
         here, theta_state = select(accepted, (proposed, theta_state), (flat, state.theta_state))
         theta = unravel(here)
 
@@ -240,7 +241,7 @@ class ImplicitDiffusion(ParticleAlgorithm[ImplicitDiffusionState]):
             particles=particles,
             assessed=assessed,
             usable=_is_finite(seen),
-            step_backoff=next_backoff(state.step_backoff, jnp.asarray(True), accepted),
+            step_backoff=next_backoff(state.step_backoff, inside | ~state.usable, state.usable),
             theta_state=theta_state,
             num_updates=state.num_updates + 1,
             num_refused=state.num_refused + refused,

@@ -44,7 +44,7 @@ from numpyro_smcopt.population.gradients import (
     step_probe,
     surrogate_gradient,
 )
-from numpyro_smcopt.population.safeguards import SHORTER, next_backoff, select, update_if_finite
+from numpyro_smcopt.population.safeguards import SHORTER, is_finite, next_backoff, select, update_if_finite
 from numpyro_smcopt.potential import Target, flat_terms
 from numpyro_smcopt.random_numbers import RandomNumbers, aside, draw_random_numbers, split
 from numpyro_smcopt.resampling import ResamplingScheme
@@ -274,7 +274,7 @@ class _Weighed(NamedTuple):
 def _weigh(now: _Workspace, state: SMCState, proposed: Array) -> tuple[SMCState, _Weighed]:
     """The particles with their weights at theta', and the log evidence; all as before where theta' is refused.
 
-    It is refused if it is not finite, or would leave a block without any weight.
+    It is refused if it or a parameter is not finite, or would leave a block without any weight.
     """
     kernel, blocks, pull_back, kept = now.parts.kernel, now.blocks, None, None
     if kernel.invariant and state.points.score is None:
@@ -296,7 +296,7 @@ def _weigh(now: _Workspace, state: SMCState, proposed: Array) -> tuple[SMCState,
     new = reweight(state.log_weights, increment)
     gained = jnp.sum(new.log_mean) + jnp.mean(blocks.sum_free_terms(state.points.terms - points.terms))
 
-    accepted = ~jnp.any(new.collapsed) & jnp.all(jnp.isfinite(proposed))
+    accepted = ~jnp.any(new.collapsed) & is_finite(now.target, now.unravel(proposed))
     accepted &= jnp.isfinite(state.log_evidence_change + gained)
     retry = now.theta + SHORTER * (jnp.where(jnp.isfinite(proposed), proposed, now.theta) - now.theta)
     weighed = _Weighed(

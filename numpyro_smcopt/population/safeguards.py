@@ -4,7 +4,8 @@
 
 A particle whose energy or gradient is not finite loses its weight (`weights.reweight`) and waits at the heaviest one of
 its block (`evaluate.replace_dead`), so that it spoils nothing. A step of theta is refused if it would leave a block
-without any weight, and skipped if its gradient is not finite; what follows is shorter (`next_backoff`).
+without any weight, or leads where a parameter is not finite (`is_finite`), and skipped if its gradient is not finite;
+what follows is shorter (`next_backoff`).
 """
 
 from typing import Any, TypeVar
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from numpyro_smcopt.potential import Target
 from numpyro_smcopt.theta_step import StepContext, ThetaStep
-from numpyro_smcopt.types import Array
+from numpyro_smcopt.types import Array, Theta
 
 SHORTER = 0.25  # of a refused step is tried next
 SLOWER = 0.9  # are all steps after a gradient that was not finite
@@ -26,6 +28,15 @@ T = TypeVar("T")
 def select(condition: Array, new: T, old: T) -> T:
     """``new`` where the condition [] holds, else ``old``: pytrees of arrays."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def is_finite(target: Target, theta: Theta) -> Array:
+    """[] bool: whether theta is finite both on unconstrained space and on the scale of the model.
+
+    The exponential of 100 is not, in single precision, though an energy may be that is computed from logarithms.
+    """
+    both = theta, target.constrain_params(theta)
+    return jax.tree.reduce(lambda sound, leaf: sound & jnp.all(jnp.isfinite(leaf)), both, jnp.asarray(True))
 
 
 def update_if_finite(

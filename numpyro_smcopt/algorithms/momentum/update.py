@@ -35,7 +35,7 @@ from numpyro_smcopt.kernels.integrators import Integrator, controlled, exponenti
 from numpyro_smcopt.objectives import Estimate, Objective, Scene
 from numpyro_smcopt.population.evaluate import evaluator
 from numpyro_smcopt.population.nonfinite import living, replaced, theta_is_possible
-from numpyro_smcopt.population.safeguards import next_backoff
+from numpyro_smcopt.population.safeguards import is_finite, next_backoff
 from numpyro_smcopt.potential import Target
 from numpyro_smcopt.random_numbers import split
 from numpyro_smcopt.theta_step import StepContext
@@ -125,11 +125,11 @@ class MomentumUpdate:
         ahead = flat + pace.lookahead * state.motion.velocity
         terms, estimate, context = self._look(target, state, ahead, key_objective)
 
-        # Theta; it stays where its gradient is not finite
+        # Theta; it stays where its gradient or its end is not finite
         noise = random.normal(key_theta, (2, flat.size), flat.dtype) if self.theta_noise else None
         proposed, motion = self.theta.update(state.motion, pace, state.theta, context, len(x), noise)
-        usable = jnp.all(jnp.isfinite(context.gradient)) & jnp.all(jnp.isfinite(proposed))
-        proposed = jnp.where(usable, proposed, flat)
+        usable, inside = jnp.all(jnp.isfinite(context.gradient)), is_finite(target, unravel(proposed))
+        proposed = jnp.where(usable & inside, proposed, flat)
 
         # Particles; those that are lost take the place of others
         potential = Potential(evaluator(target, unravel(flat if self.simultaneous else proposed)), blocks)
@@ -138,7 +138,7 @@ class MomentumUpdate:
         moved = replaced(blocks, alive, x, moved)
 
         # Back, where hardly anything lives; then from rest, and with shorter steps
-        possible = theta_is_possible(blocks, alive, moved.terms)
+        possible = theta_is_possible(blocks, alive, moved.terms) & (inside | ~usable)
         sound = usable & possible
         at_rest = state.motion._replace(velocity=jnp.zeros_like(flat))
         theta = unravel(jnp.where(sound, proposed, flat))
