@@ -19,7 +19,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax import random
 from models import unknown_spread
@@ -291,6 +291,8 @@ numbers = st.one_of(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # far data: tempering does not arrive, and says so
 @given(y=st.lists(numbers, min_size=3, max_size=3))
+@example(y=[0.0, 0.0, 1e3])  # the step of theta overflows
+@example(y=[0.0, 0.0, -1e6])  # a high energy, but not an impossible one
 @many(60)
 def test_data_are_named_if_not_finite_and_never_leave_a_nan(y):
     y = np.array(y, np.float32)

@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from numpyro.distributions import constraints
 
 from numpyro_smcopt import ImplicitDiffusion, MomentumParticleMLE, SMCOptimizer, Status
 from numpyro_smcopt.kernels import MALA, ULA
@@ -183,6 +184,34 @@ def test_a_step_into_a_wall_is_refused_and_tried_shorter_and_blames_no_particle(
                 assert np.any(state.points.x != old.points.x)
     assert len(refused) > 2 and refused[0] == 1.0 and min(refused) < 0.5
     assert 2.0 < state.theta["mean"] <= 2.5
+
+
+def overflowing(y):
+    spread = numpyro.param("sd", 1.0, constraint=constraints.positive)
+    numpyro.sample("x", dist.Normal(0.0, spread).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Normal(0.0, spread).expand([3]).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("name", ["default", *UNWEIGHTED])
+def test_a_step_to_where_a_parameter_is_not_finite_is_refused_and_tried_shorter(name):
+    """The gradient at the start is about -1e6, so a step of 0.01 ends at 1e4, whose exponential overflows."""
+    y = np.full(3, 600.0, np.float32)
+    optimizer = {
+        "default": lambda: SMCOptimizer(overflowing, optax.sgd(0.01), kernel=MALA(), num_particles=16),
+        "momentum": lambda: MomentumParticleMLE(
+            overflowing, step_size=0.01, momentum=0.5, latent_step_size=0.01, latent_momentum=0.5, num_particles=16
+        ),
+        "implicit": lambda: ImplicitDiffusion(overflowing, optax.sgd(0.01), sampler=ULA(), num_particles=16),
+    }[name]()
+    state, num_refused = optimizer.init(random.key(0), y), 0
+    for _ in range(4):
+        old, (state, _) = state, optimizer.update(state, y)
+        no_nan(state)
+        if state.diagnostics["num_refused"]:
+            num_refused += 1
+            assert state.theta["sd"] == old.theta["sd"]
+            np.testing.assert_allclose(state.step_backoff, SHORTER * old.step_backoff, rtol=1e-6)
+    assert num_refused >= 3
 
 
 def test_a_gradient_that_is_not_finite_skips_theta_and_slows_it():
