@@ -9,6 +9,7 @@ independent replicates.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -289,7 +290,10 @@ def _pareto_k(log_weights: np.ndarray) -> float:
     # The same weight over and over has no tail: the mixture is exact.
     if len(finite) < FEWEST_IN_TAIL or np.ptp(np.sort(finite)[-len(finite) // 5 :]) < NO_TAIL:
         return -np.inf
-    return _psis_khat(finite)
+    with warnings.catch_warnings():
+        # Where a handful of draws has nearly all weight NumPyro warns and says infinity; the report tells it in words.
+        warnings.filterwarnings("ignore", "Not enough tail samples")
+        return _psis_khat(finite)
 
 
 def _host_generator(rng_key: Array) -> np.random.Generator:
