@@ -28,6 +28,7 @@ from numpyro_smcopt.potential import fingerprint
 from numpyro_smcopt.runs.update import step_on_data
 from numpyro_smcopt.samplers import Chains, EulerMaruyama, Paths
 
+ASIDE = 2**32 - 1  # `random_numbers.aside` folds this in, which no split of fewer keys hands out
 DRAWS = ("bits", "uniform", "normal", "randint", "categorical", "permutation", "choice", "bernoulli")
 Y = jnp.array([1.0, 2.0, 4.5])
 
@@ -114,7 +115,7 @@ class Recorder:
         fixed = tuple(map(int, random.key_data(random.key(0))))
         whole = Counter((key, name) for key, name, _ in self.events if name != "fold_in" and key != fixed)
         folded = Counter((key, number) for key, name, number in self.events if name == "fold_in" and key != fixed)
-        uses = Counter(key for key, _ in whole.elements()) + Counter({key for key, _ in folded})
+        uses = Counter(key for key, _ in whole.elements()) + Counter({key for key, number in folded if number != ASIDE})
         return [key for key, count in uses.items() if count > 1] + [key for key, count in folded.items() if count > 1]
 
 
